@@ -1,0 +1,1 @@
+"""The arithmetic: statistics, estimators, rho, backward rules and degradation. Imports torch alone."""

@@ -1,0 +1,136 @@
+"""What a neuron sees: the patches of a Conv1d, Conv2d, Conv3d or Linear layer, whatever its geometry.
+
+Shapes: ``B`` images, ``C`` input channels, ``G`` groups, ``D = C/G · prod(kernel)`` values in a patch,
+``N`` neurons (output channels), ``L`` output positions. A Linear layer is one patch per input vector.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a layer cuts its input into patches. ``padding`` holds (before, after) per spatial dimension."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    padding_mode: str
+    groups: int
+
+    @property
+    def pads(self) -> bool:
+        return any(before or after for before, after in self.padding)
+
+    def output_size(self, padded: tuple[int, ...]) -> tuple[int, ...]:
+        """Output positions per spatial dimension for an input that is padded already."""
+        return tuple(
+            (size - d * (k - 1) - 1) // s + 1
+            for size, k, s, d in zip(padded, self.kernel, self.stride, self.dilation, strict=True)
+        )
+
+
+def geometry_of(layer: Layer) -> Geometry:
+    """The geometry of ``layer``; that of a Linear layer has no spatial dimension."""
+    if isinstance(layer, nn.Linear):
+        return Geometry((), (), (), (), "zeros", 1)
+    if layer.padding == "same":
+        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        padding = tuple((t // 2, t - t // 2) for t in total)
+    elif layer.padding == "valid":
+        padding = tuple((0, 0) for _ in layer.kernel_size)
+    else:
+        padding = tuple((int(p), int(p)) for p in layer.padding)
+    return Geometry(
+        tuple(layer.kernel_size),
+        tuple(layer.stride),
+        tuple(layer.dilation),
+        padding,
+        layer.padding_mode,
+        layer.groups,
+    )
+
+
+def neurons(layer: Layer) -> int:
+    return layer.weight.shape[0]
+
+
+def patch_size(layer: Layer) -> int:
+    """D, the number of values that one neuron sees."""
+    return layer.weight[0].numel()
+
+
+def pad(x: Tensor, geometry: Geometry) -> Tensor:
+    """The input with its padding written out, (B, C, padded spatial...)."""
+    if not geometry.pads:
+        return x
+    flat = list(itertools.chain.from_iterable(reversed(geometry.padding)))
+    mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
+    return F.pad(x, flat, mode=mode)
+
+
+def patches(padded: Tensor, geometry: Geometry) -> Tensor:
+    """Every patch of a padded input: (B, C, spatial...) to (G, B·L, D)."""
+    groups, dims = geometry.groups, len(geometry.kernel)
+    view = padded
+    for i, (k, s, d) in enumerate(zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)):
+        view = view.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d]
+    b, c = view.shape[:2]
+    view = view.reshape(b, groups, c // groups, *view.shape[2:])
+    positions, taps = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
+    view = view.permute(1, 0, *positions, 2, *taps)
+    return view.reshape(groups, -1, c // groups * math.prod(geometry.kernel))
+
+
+def patch_sum(padded: Tensor, geometry: Geometry) -> Tensor:
+    """Sum of all patches, in float64: (B, C, spatial...) to (G, D)."""
+    total = padded.sum(0, dtype=torch.float64)
+    out = geometry.output_size(tuple(total.shape[1:]))
+    taps = []
+    for tap in itertools.product(*(range(k) for k in geometry.kernel)):
+        window = total
+        for i, (t, o, s, d) in enumerate(zip(tap, out, geometry.stride, geometry.dilation, strict=True)):
+            window = window.narrow(1 + i, t * d, (o - 1) * s + 1)[(slice(None),) * (1 + i) + (slice(None, None, s),)]
+        taps.append(window.reshape(window.shape[0], -1).sum(1))
+    return torch.stack(taps, 1).reshape(geometry.groups, -1)
+
+
+def cross_sum(padded: Tensor, maps: Tensor, geometry: Geometry) -> Tensor:
+    """Sum over images and positions of ``maps ⊗ patch``: the weight gradient of the convolution.
+
+    Args:
+        padded: (B, C, spatial...), padding written out.
+        maps: (B, M, output spatial...), M a multiple of the groups; map ``m`` belongs to group ``m // (M/G)``.
+
+    Returns:
+        (M, D).
+    """
+    if not geometry.kernel:
+        return maps.mT @ padded
+    dims = len(geometry.kernel)
+    shape = (maps.shape[1], padded.shape[1] // geometry.groups, *geometry.kernel)
+    gradient = torch.ops.aten.convolution_backward(
+        maps,
+        padded,
+        padded.new_empty(1).expand(shape),
+        None,
+        list(geometry.stride),
+        [0] * dims,
+        list(geometry.dilation),
+        False,
+        [0] * dims,
+        geometry.groups,
+        [False, True, False],
+    )[1]
+    return gradient.reshape(shape[0], -1)

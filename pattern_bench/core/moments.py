@@ -1,0 +1,140 @@
+"""Sufficient statistics of a layer: everything that the estimators and rho(S) need of a data split.
+
+All are plain sums in float64, so they add up over batches, processes and interruptions (DESIGN: Eq. 6 and 7
+of Kindermans et al. 2018 need the means of x, u x and their restrictions to the gate g = 1[y > 0]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from pattern_bench.core.layers import Layer, cross_sum, geometry_of, neurons, pad, patch_size, patch_sum, patches
+
+GRAM_CHUNK_BYTES = 256 * 2**20
+
+
+@dataclass
+class Moments:
+    """Sums over all patches of one layer. ``u = wᵀx`` without the bias, ``y = u + b``, ``g = 1[y > 0]``.
+
+    ``n`` () counts patches; ``x`` (G, D) sums patches; ``g``, ``ug``, ``un``, ``uug``, ``uun`` (N,) sum the gate,
+    u g, u (1-g), u² g and u² (1-g); ``xg``, ``xug``, ``xun`` (N, D) sum the same times the patch; ``gram``
+    (G, D, D) sums the products x xᵀ, or is None where nobody asked for it. All float64.
+    """
+
+    n: Tensor
+    x: Tensor
+    g: Tensor
+    ug: Tensor
+    un: Tensor
+    uug: Tensor
+    uun: Tensor
+    xg: Tensor
+    xug: Tensor
+    xun: Tensor
+    gram: Tensor | None = None
+
+    @classmethod
+    def zeros(cls, layer: Layer, gram: bool) -> Moments:
+        """The empty sum, on the layer's device."""
+        g, n, d = geometry_of(layer).groups, neurons(layer), patch_size(layer)
+
+        def zero(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=layer.weight.device)
+
+        vectors = [zero(n) for _ in range(5)]
+        crosses = [zero(n, d) for _ in range(3)]
+        return cls(zero(), zero(g, d), *vectors, *crosses, zero(g, d, d) if gram else None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name, for files and reductions."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Moments:
+        return cls(**tensors)
+
+    def to(self, device: torch.device | str) -> Moments:
+        return Moments(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def add_(self, other: Moments) -> Moments:
+        """Adds the sums of other patches in place."""
+        mine, others = self.tensors(), other.tensors()
+        if mine.keys() != others.keys():
+            raise ValueError(f"moments with {sorted(mine)} and with {sorted(others)} do not add up")
+        for name, tensor in mine.items():
+            tensor.add_(others[name])
+        return self
+
+    def update_(self, layer: Layer, x: Tensor, y: Tensor) -> Moments:
+        """Adds a batch: ``x`` the layer's input, ``y`` its output with bias, before any nonlinearity."""
+        geometry = geometry_of(layer)
+        if not geometry.kernel:
+            x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        positions = tuple(i for i in range(y.ndim) if i != 1)
+        u = y if layer.bias is None else y - layer.bias.view(-1, *[1] * (y.ndim - 2))
+        gate = (y > 0).to(y.dtype)
+        ug = u * gate
+        un = u - ug
+
+        def total(t: Tensor) -> Tensor:
+            return t.sum(positions, dtype=torch.float64)
+
+        self.n += y.numel() // y.shape[1]
+        self.g += total(gate)
+        self.ug += total(ug)
+        self.un += total(un)
+        self.uug += total(ug.square())
+        self.uun += total(un.square())
+        padded = pad(x, geometry)
+        self.x += patch_sum(padded, geometry)
+        self.xg += cross_sum(padded, gate, geometry)
+        self.xug += cross_sum(padded, ug, geometry)
+        self.xun += cross_sum(padded, un, geometry)
+        if self.gram is not None:
+            per_image = y[0, 0].numel() * patch_size(layer) * geometry.groups * padded.element_size()
+            chunk = max(1, GRAM_CHUNK_BYTES // per_image)
+            for part in padded.split(chunk):
+                p = patches(part, geometry)
+                self.gram += p.mT @ p
+        return self
+
+    # Expectations, float64.
+
+    @property
+    def mean_x(self) -> Tensor:
+        """E[x], (G, D)."""
+        return self.x / self.n
+
+    @property
+    def mean_x_per_neuron(self) -> Tensor:
+        """E[x] of the group that each neuron belongs to, (N, D)."""
+        return self.mean_x.repeat_interleave(self.g.shape[0] // self.x.shape[0], 0)
+
+    @property
+    def mean_u(self) -> Tensor:
+        """E[u], (N,)."""
+        return (self.ug + self.un) / self.n
+
+    @property
+    def var_u(self) -> Tensor:
+        """var[u], (N,)."""
+        return (self.uug + self.uun) / self.n - self.mean_u.square()
+
+    @property
+    def cov_xu(self) -> Tensor:
+        """cov[x, u], (N, D)."""
+        return (self.xug + self.xun) / self.n - self.mean_u[:, None] * self.mean_x_per_neuron
+
+    @property
+    def cov_x(self) -> Tensor:
+        """cov[x], (G, D, D)."""
+        if self.gram is None:
+            raise ValueError("these moments were collected without the Gram matrix, which rho needs")
+        mean = self.mean_x
+        return self.gram / self.n - mean[:, :, None] * mean[:, None, :]
+

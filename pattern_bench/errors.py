@@ -1,0 +1,20 @@
+"""The one exception that is a user's to mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A bad input. The message names the setting, its value and the remedy; it is shown without a traceback."""
+
+
+def did_you_mean(name: str, choices: Iterable[str], most: int = 12) -> str:
+    """A hint for an unknown ``name``: the closest of ``choices``, or the first ``most`` of them."""
+    every = list(choices)
+    close = difflib.get_close_matches(name, every, n=3)
+    if close:
+        return "did you mean " + " or ".join(close) + "?"
+    shown = ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+    return f"choose from: {shown}"

@@ -1,0 +1,156 @@
+"""The pictures: Fig. 3, Fig. 4a and a gallery of explanations. Drawn through seaborn, saved at print quality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import pandas as pd
+import seaborn as sns
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pattern_bench.files import write_file
+
+DPI = 200
+ESTIMATORS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
+METHODS = {"random_order": "random order", "pattern_net": "PatternNet", "pattern_attribution": "PatternAttribution",
+           "lrp_z": "input × gradient"}  # fmt: skip
+
+
+def _palette(names: list[str]) -> dict[str, tuple[float, float, float]]:
+    """Colour-blind safe, the same colour for the same name in every figure."""
+    known = [*ESTIMATORS, "none"]
+    colours = sns.color_palette("colorblind", 10)
+    order = known + sorted(set(names) - set(known))
+    return {name: (0.45, 0.45, 0.45) if name == "none" else colours[i % 10] for i, name in enumerate(order)}
+
+
+def ordered(names: list[str]) -> list[str]:
+    """The paper's estimators in the paper's order, then others by name."""
+    return [n for n in ESTIMATORS if n in names] + sorted(n for n in names if n not in ESTIMATORS)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    write_file(path, lambda file: figure.savefig(file, dpi=DPI, bbox_inches="tight"))
+    plt.close(figure)
+
+
+def draw_rho(rho: pd.DataFrame, path: Path) -> bool:
+    """Fig. 3: rho per layer and estimator; points are medians over neurons, bars reach from quartile to quartile.
+
+    One panel per model and data set. Draws nothing, and says so with False, where there is no rho.
+    """
+    live = rho.dropna(subset=["rho"])
+    if live.empty:
+        return False
+    panels = list(live.groupby(["model", "data"], sort=False))
+    widths = [max(4.0, 0.75 * table.layer.nunique()) for _, table in panels]
+    with sns.axes_style("whitegrid"):
+        figure, axes = plt.subplots(
+            1, len(panels), squeeze=False, sharey=True, figsize=(sum(widths) + 1, 4.2),
+            gridspec_kw={"width_ratios": widths}, layout="constrained",
+        )  # fmt: skip
+    estimators = ordered(list(live.estimator.unique()))
+    for axis, ((model, data), table) in zip(axes[0], panels, strict=True):
+        order = table.sort_values("layer_index").layer.unique().tolist()
+        sns.pointplot(
+            table, x="layer", y="rho", hue="estimator", order=order, hue_order=estimators,
+            palette=_palette(estimators), estimator="median", errorbar=("pi", 50),
+            dodge=0.15 * (len(estimators) - 1) or False, linestyle="none", markersize=5, err_kws={"linewidth": 1.6},
+            ax=axis, legend=axis is axes[0][-1],
+        )  # fmt: skip
+        axis.set(title=f"{model} on {data}", xlabel="layer", ylabel=r"$\rho(S)$")
+        axis.tick_params(axis="x", labelrotation=90 if len(order) > 8 else 30)
+        low = min(0.0, table.groupby(["layer", "estimator"]).rho.quantile(0.25).min())
+        axis.set_ylim(bottom=low - 0.02)
+    legend = axes[0][-1].get_legend()
+    if legend is not None:
+        for text in legend.get_texts():
+            text.set_text(ESTIMATORS.get(text.get_text(), text.get_text()))
+        sns.move_legend(axes[0][-1], "center left", bbox_to_anchor=(1, 0.5), frameon=False, title="estimator")
+    _save(figure, path)
+    return True
+
+
+def draw_degradation(degradation: pd.DataFrame, path: Path) -> bool:
+    """Fig. 4a: mean probability of the class first predicted against the number of replaced patches.
+
+    One panel per model and data set; the band is the standard error over images.
+    """
+    if degradation.empty:
+        return False
+    panels = list(degradation.groupby(["model", "data"], sort=False))
+    with sns.axes_style("whitegrid"):
+        figure, axes = plt.subplots(
+            1, len(panels), squeeze=False, figsize=(5 * len(panels) + 2, 4), layout="constrained"
+        )
+    for axis, ((model, data), table) in zip(axes[0], panels, strict=True):
+        palette = _palette(list(table.estimator.unique()))
+        curves = {key: curve.sort_values("step") for key, curve in table.groupby(["estimator", "method"])}
+        methods = {method for _, method in curves if method != "random_order"}
+        for estimator in [*ordered([e for e in table.estimator.unique() if e != "none"]), "none"]:
+            for (name, method), curve in curves.items():
+                if name != estimator:
+                    continue
+                label = METHODS["random_order"] if name == "none" else ESTIMATORS.get(name, name)
+                if len(methods) > 2 and name != "none":
+                    label += f", {METHODS.get(method, method)}"
+                error = curve.probability_std / curve.n**0.5
+                axis.plot(curve.step, curve.probability_mean, label=label, color=palette[name],
+                          linestyle="--" if name == "none" else "-")  # fmt: skip
+                axis.fill_between(curve.step, curve.probability_mean - error, curve.probability_mean + error,
+                                  color=palette[name], alpha=0.15, linewidth=0)  # fmt: skip
+        axis.set(
+            title=f"{model} on {data} (n = {int(table.n.max())})",
+            xlabel="replaced patches", ylabel="probability of the predicted class", ylim=(0, 1.02),
+        )  # fmt: skip
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+    return True
+
+
+def draw_explanations(images: Tensor, columns: Mapping[str, Tensor], captions: list[str], path: Path) -> None:
+    """One row per image: the input, then each explanation.
+
+    Args:
+        images: (n, C, H, W) network inputs, shown from their own minimum to their maximum.
+        columns: by title, explanations of the same shape. A title that starts with ``signal`` is shown in colour
+            as x / (2 max|x|) + 1/2, any other summed over channels as a diverging heat map.
+        captions: a line per image.
+    """
+    count, width = len(images), 1 + len(columns)
+    figure, axes = plt.subplots(count, width, squeeze=False, figsize=(1.9 * width, 2.05 * count), layout="constrained")
+    for row, caption in enumerate(captions):
+        image = images[row]
+        low, high = image.min(), image.max()
+        _show(axes[row][0], (image - low) / (high - low).clamp(min=1e-12))
+        axes[row][0].set_ylabel(caption, fontsize=7)
+        for axis, (title, explanations) in zip(axes[row][1:], columns.items(), strict=True):
+            _show_explanation(axis, explanations[row], signal=title.startswith("signal"))
+    for axis, title in zip(axes[0], ["input", *columns], strict=True):
+        axis.set_title(title, fontsize=9)
+    _save(figure, path)
+
+
+def _show_explanation(axis: plt.Axes, explanation: Tensor, signal: bool) -> None:
+    if signal:
+        _show(axis, explanation / (2 * explanation.abs().max().clamp(min=1e-30)) + 0.5)
+        return
+    heat = explanation.sum(0)
+    bound = float(heat.abs().max().clamp(min=1e-30))
+    axis.imshow(heat.numpy(), cmap="seismic", vmin=-bound, vmax=bound, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+
+
+def _show(axis: plt.Axes, image: Tensor) -> None:
+    """(C, H, W) in [0, 1]; in grey unless it has three channels."""
+    if image.shape[0] == 3:
+        axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    else:
+        axis.imshow(image.mean(0).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])

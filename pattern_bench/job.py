@@ -1,0 +1,156 @@
+"""The main job, stage by stage: from images to Fig. 3 and Fig. 4a."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from pattern_bench import figures, results, stages
+from pattern_bench.core.estimators import Pattern
+from pattern_bench.data.splits import SPLITS
+from pattern_bench.files import write_file, write_tensors
+from pattern_bench.progress import Stages
+from pattern_bench.tracking import Tracker
+
+
+def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Runs every stage, writes each stage's files as soon as they are known, and returns the summary.
+
+    Raises:
+        UserError: for what the user can mend.
+    """
+    _quiet_lightning()
+    stages.output_folder(cfg, folder)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    write_file(folder / "config.yaml", lambda file: OmegaConf.save(cfg, file, resolve=True))
+    shown = Stages()
+    with shown.run("prepare", "prepare data and model") as bar:
+        setup = stages.prepare(cfg, bar)
+        patch, steps = (None, None) if stages.why_no_explanation(setup) else stages.patch_and_steps(setup)
+    estimator = setup.estimator
+    tracker = Tracker(cfg.logger, folder, f"{setup.model_name}/{cfg.layer}/{estimator.name}", config)
+    succeeded = False
+    try:
+        summary = _stages(cfg, folder, setup, shown, tracker)
+        summary |= {"patch": patch, "steps": steps}
+        summary |= {"skipped": shown.skipped, "seconds": shown.seconds, **results.environment()}
+        results.write_json(folder / "summary.json", summary)
+        succeeded = True
+    finally:
+        tracker.close(succeeded)
+    return summary
+
+
+def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, tracker: Tracker) -> dict[str, Any]:
+    estimator, names = setup.estimator, setup.names
+    unreadable: set[str] = set()
+    results.write_csv(folder / "splits.csv", stages.split_table(setup, unreadable))
+
+    accuracy: dict[str, Any] = {**names}
+    reason = stages.why_no_accuracy(setup)
+    if reason is None:
+        with shown.run("accuracy", "accuracy on the validation images") as bar:
+            accuracy |= stages.measure_accuracy(setup, bar)
+        tracker.metrics({"accuracy/top1": accuracy["top1"], "accuracy/top5": accuracy["top5"]})
+    else:
+        shown.skip("accuracy", "accuracy on the validation images", reason)
+        accuracy["skipped"] = reason
+    results.write_json(folder / "accuracy.json", accuracy)
+
+    def collect(split: str, name: str, title: str, gram: bool) -> Any:
+        with shown.run(name, title) as bar:
+            moments, seen = stages.collect(setup, split, gram, bar)
+        if seen.unreadable:
+            some = ", ".join(seen.unreadable[:5]) + (" …" if len(seen.unreadable) > 5 else "")
+            shown.console.print(f"{len(seen.unreadable)} images cannot be read and are left out: {some}")
+            unreadable.update(seen.unreadable)
+        return moments
+
+    patterns: dict[str, Pattern] = {}
+    regularisation: dict[str, float] = {}
+    if estimator.has_pattern:
+        fit = collect("fit", "fit_patterns", "fit patterns on the first half", gram=False)
+        patterns = stages.fit_patterns(setup, fit)
+        shaped = stages.in_weight_shape(setup, patterns)
+        write_tensors(
+            folder / "patterns.safetensors",
+            results.pattern_tensors(shaped),
+            {**names, "estimator": estimator.name, "split": "fit", "images": str(len(setup.splits["fit"])),
+             "seed": str(cfg.seed), "model_fingerprint": setup.model_key},
+        )  # fmt: skip
+        probe = collect("probe", "fit_probe", "fit v on the second half", gram=True)
+        test = collect("validation", "validation_moments", "moments of the validation images", gram=True)
+        with shown.run("rho", "ρ(S) of every neuron") as bar:
+            rho, regularisation = stages.measure_rho(setup, patterns, probe, test, bar)
+    else:
+        shaped = {}
+        rho = stages.missing_rho(setup)
+        why = estimator.no_pattern_reason
+        for name, title in (("fit_patterns", "fit patterns on the first half"), ("rho", "ρ(S) of every neuron")):
+            shown.skip(name, title, why)
+        write_tensors(folder / "patterns.safetensors", {}, {**names, "estimator": estimator.name, "reason": why})
+    results.write_csv(folder / "rho.csv", rho)
+    results.write_csv(folder / "splits.csv", stages.split_table(setup, unreadable))
+    rho_summary = results.summarise_rho(rho)
+    tracker.metrics(
+        {
+            f"rho/{layer['layer']}/{figure}": layer[figure]
+            for layer in rho_summary["layers"]
+            for figure in ("mean", "median")
+            if layer[figure] is not None
+        }
+    )
+    tracker.table("rho", rho)
+    if figures.draw_rho(rho, folder / "rho.png"):
+        tracker.image("figures/rho", folder / "rho.png")
+
+    areas: dict[str, float] = {}
+    degradation = pd.DataFrame(columns=list(results.DEGRADATION_COLUMNS))
+    reason = stages.why_no_explanation(setup)
+    if reason is None:
+        with shown.run("explain", "explain validation images"):
+            images, columns, captions = stages.explain(setup, shaped)
+            figures.draw_explanations(images, columns, captions, folder / "explanations.png")
+        tracker.image("figures/explanations", folder / "explanations.png")
+        with shown.run("degrade", "image degradation") as bar:
+            curves = stages.degrade(setup, shaped, bar)
+        areas = stages.area_by_method(curves)
+        degradation = results.degradation_rows(curves, setup.model_name, setup.source.name, estimator.name)
+    else:
+        shown.skip("explain", "explain validation images", reason)
+        shown.skip("degrade", "image degradation", reason)
+    results.write_csv(folder / "degradation.csv", degradation)
+    if figures.draw_degradation(degradation, folder / "degradation.png"):
+        tracker.image("figures/degradation", folder / "degradation.png")
+    for row in degradation.itertuples():
+        tracker.metrics({f"degradation/{row.method}": row.probability_mean}, step=int(row.step))
+    tracker.metrics({f"area_over_curve/{method}": area for method, area in areas.items()})
+
+    return {
+        **names,
+        "estimator": estimator.name,
+        "criterion": "all",
+        "probe": cfg.probe.name,
+        "layer": OmegaConf.to_container(cfg).get("layer"),  # type: ignore[union-attr]
+        "seed": cfg.seed,
+        "splits": {name: len(setup.splits[name]) for name in SPLITS},
+        "unreadable": sorted(unreadable),
+        "regularisation": regularisation,
+        "rho": rho_summary,
+        "area_over_curve": areas,
+        "accuracy": accuracy.get("top1"),
+        "signal_angle_degrees": stages.signal_angles(setup, patterns),
+    }
+
+
+def _quiet_lightning() -> None:
+    """The stages say what happens; Lightning's hints about hardware, workers and sizes do not help here."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*predict_dataloader.*")

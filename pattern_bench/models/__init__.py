@@ -1,0 +1,1 @@
+"""Networks: built, given their weights, trained where they come without, and brought into canonical form."""

@@ -1,0 +1,42 @@
+"""Any network class by its import path."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from pattern_bench.errors import UserError
+from pattern_bench.models.source import ModelSource
+
+
+class ImportedModel(ModelSource):
+    """A network of the user's own.
+
+    Args:
+        path: ``package.module.Class``, a class or function that returns an ``nn.Module``.
+        arguments: keyword arguments for it.
+    """
+
+    def __init__(self, *, path: str, arguments: Mapping[str, Any], **common: Any) -> None:
+        super().__init__(**common)
+        self.path, self.arguments = path, dict(arguments)
+        module, _, attribute = path.rpartition(".")
+        try:
+            self.factory = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"model.path={path} cannot be imported ({error}): give package.module.Class, importable from here "
+                "(is its folder on PYTHONPATH?)"
+            ) from error
+
+    def module(self, sample: Tensor, classes: int | None) -> nn.Module:
+        try:
+            model = self.factory(**self.arguments)
+        except TypeError as error:
+            raise UserError(f"model.path={self.path} does not take model.arguments={self.arguments}: {error}") from error
+        if not isinstance(model, nn.Module):
+            raise UserError(f"model.path={self.path} gave a {type(model).__name__}, not a torch.nn.Module")
+        return model

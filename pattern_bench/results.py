@@ -1,0 +1,106 @@
+"""The files of a run: their names and columns are a contract (README, "What a run leaves")."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from pattern_bench.core.estimators import Pattern
+from pattern_bench.files import write_file
+
+RHO_COLUMNS = (
+    "model", "data", "layer", "layer_index", "estimator", "criterion", "probe", "neuron", "rho", "dead",
+)  # fmt: skip
+DEGRADATION_COLUMNS = (
+    "model", "data", "estimator", "method", "step", "probability_mean", "probability_std", "n",
+)  # fmt: skip
+SPLIT_COLUMNS = ("split", "index", "name", "label", "used")
+PACKAGES = (
+    "pattern_bench", "torch", "torchvision", "pytorch-lightning", "hydra-core", "wandb", "numpy", "pandas",
+)  # fmt: skip
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    write_file(path, lambda file: table.to_csv(file, index=False))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, allow_nan=False)
+    write_file(path, lambda file: file.write_text(text + "\n"))
+
+
+def rho_rows(layer: str, index: int, rho: Tensor, dead: Tensor, common: Mapping[str, str]) -> pd.DataFrame:
+    """One row per neuron; a dead neuron has no rho."""
+    values = rho.double().cpu().masked_fill(dead.cpu(), float("nan")).numpy()
+    table = pd.DataFrame({"neuron": range(len(values)), "rho": values, "dead": dead.cpu().numpy()})
+    return table.assign(layer=layer, layer_index=index, **common)[list(RHO_COLUMNS)]
+
+
+def degradation_rows(curves: Mapping[str, Tensor], model: str, data: str, estimator: str) -> pd.DataFrame:
+    """One row per method and step. The random order does not depend on the estimator: ``none`` stands there."""
+    tables = []
+    for method, curve in curves.items():
+        table = pd.DataFrame(
+            {
+                "step": range(curve.shape[1]),
+                "probability_mean": curve.double().mean(0).numpy(),
+                "probability_std": curve.double().std(0).numpy(),
+                "n": len(curve),
+            }
+        )
+        who = "none" if method == "random_order" else estimator
+        tables.append(table.assign(model=model, data=data, estimator=who, method=method))
+    return pd.concat(tables, ignore_index=True)[list(DEGRADATION_COLUMNS)]
+
+
+def pattern_tensors(patterns: Mapping[str, Pattern]) -> dict[str, Tensor]:
+    """``LAYER/positive``, ``LAYER/negative`` and ``LAYER/dead`` for a safetensors file."""
+    return {
+        f"{layer}/{part}": getattr(pattern, part)
+        for layer, pattern in patterns.items()
+        for part in ("positive", "negative", "dead")
+    }
+
+
+def summarise_rho(rho: pd.DataFrame) -> dict[str, Any]:
+    """Mean, median and quartiles over the live neurons, of each layer and of all together."""
+
+    def figures(table: pd.DataFrame) -> dict[str, Any]:
+        live = table.rho.dropna()
+        quartiles = live.quantile([0.25, 0.5, 0.75]) if len(live) else pd.Series([None] * 3)
+        return {
+            "mean": _number(live.mean()),
+            "median": _number(quartiles.iloc[1]),
+            "q25": _number(quartiles.iloc[0]),
+            "q75": _number(quartiles.iloc[2]),
+            "neurons": len(table),
+            "dead": int(table.dead.sum()),
+        }
+
+    layers = [
+        {"layer": layer, **figures(table)}
+        for (_, layer), table in rho.groupby(["layer_index", "layer"], sort=True)
+    ]
+    return {"all": figures(rho), "layers": layers}
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or pd.isna(value) else float(value)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, and the peak memory of this process in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "peak_memory_mib": round(peak / (2**20 if sys.platform == "darwin" else 2**10)),
+    }

@@ -1,0 +1,437 @@
+"""What each stage of the job does. ``job.py`` says in which order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from pattern_bench.cache import Cache, key_of
+from pattern_bench.core.backward import InputTimesGradient, PatternAttribution, PatternNet
+from pattern_bench.core.degradation import area_over_curve, random_ranks
+from pattern_bench.core.estimators import Estimator, Pattern
+from pattern_bench.core.moments import Moments
+from pattern_bench.core.network import canonical, layers_in_order, select_layers
+from pattern_bench.core.quality import Probe, rho
+from pattern_bench.data.source import Source
+from pattern_bench.data.splits import SPLITS, Split, Unreadable, joined, make_splits
+from pattern_bench.errors import UserError
+from pattern_bench.models.source import ModelSource, fingerprint
+from pattern_bench.progress import Bar, LightningBar
+from pattern_bench.results import rho_rows
+from pattern_bench.streams import AccuracyStream, DegradationStream, Learner, MomentStream, Seen
+
+MOMENTS_VERSION = 1
+
+
+@dataclass
+class Setup:
+    """What every stage needs: data, network and settings, checked."""
+
+    cfg: DictConfig
+    cache: Cache
+    source: Source
+    splits: dict[str, Split]
+    model_name: str
+    classifier: bool
+    model: nn.Module
+    model_key: str
+    all_layers: list[str]
+    layers: list[str]
+    estimator: Estimator
+    sample: Tensor
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {"model": self.model_name, "data": self.source.name}
+
+    @property
+    def device(self) -> torch.device:
+        return self.trainer().strategy.root_device
+
+    def trainer(self, bar: Bar | None = None, **settings: Any) -> pl.Trainer:
+        return _trainer(self.cfg, bar, **settings)
+
+    def loader(self, split: Split) -> torch.utils.data.DataLoader:
+        return split.loader(self.source.batch_size, self.source.workers)
+
+    def weight(self, layer: str) -> Tensor:
+        """(N, D), float64."""
+        return self.model.get_submodule(layer).weight.flatten(1).double()  # type: ignore[union-attr, operator]
+
+
+def _trainer(cfg: DictConfig, bar: Bar | None, **settings: Any) -> pl.Trainer:
+    return instantiate(
+        cfg.trainer,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[] if bar is None else [LightningBar(bar)],
+        **settings,
+    )
+
+
+def prepare(cfg: DictConfig, bar: Bar) -> Setup:
+    """Data, splits and network, every setting checked; trains the network where it comes without weights."""
+    cache = Cache(cfg.cache.dir)
+    estimator: Estimator = instantiate(cfg.estimator)
+    model_source: ModelSource = instantiate(cfg.model)
+    source: Source = instantiate(cfg.data)
+    _check_numbers(cfg, source)
+    splits = make_splits(source, cfg.seed)
+    transform = model_source.transform() or source.transform()
+    for split in splits.values():
+        split.transform = transform
+    if source.strict:
+        _read_all(splits, bar)
+    sample = _sample(splits["fit"])
+    pool = splits["fit"].pool
+
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    built = model_source.build(sample, pool.classes)
+    _check_fits(built, sample, model_source.name, source.name)
+    names = layers_in_order(built.eval(), sample[None])
+    if not names:
+        raise UserError(f"model={model_source.name} has no Conv or Linear layer to examine: choose another model")
+    layers = select_layers(names, _layer_setting(cfg))
+    if model_source.training is not None:
+        if pool.labels is None:
+            raise UserError(
+                f"model={model_source.name} has no weights and data={source.name} no labels to train it on: "
+                "give model.weights=FILE, or images in one subfolder per class"
+            )
+        _train(cfg, cache, source, splits, model_source, built, bar)
+    model = canonical(built)
+    return Setup(
+        cfg, cache, source, splits, model_source.name, model_source.classifier, model, fingerprint(model),
+        layers_in_order(model, sample[None]), layers, estimator, sample,
+    )  # fmt: skip
+
+
+def _layer_setting(cfg: DictConfig) -> str | list[str]:
+    layer = OmegaConf.to_container(OmegaConf.create({"layer": cfg.layer}))["layer"]  # type: ignore[index, call-overload]
+    return [str(name) for name in layer] if isinstance(layer, list) else str(layer)
+
+
+def _check_numbers(cfg: DictConfig, source: Source) -> None:
+    smallest = {
+        "explanation.images": 1, "degradation.images": 1, "degradation.patch": 1, "degradation.steps": 1,
+        "data.batch_size": 1, "data.workers": 0,
+    }  # fmt: skip
+    for setting, least in smallest.items():
+        value = OmegaConf.select(cfg, setting)
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise UserError(f"{setting}={value} is not possible: give a whole number of at least {least}")
+    if not (isinstance(cfg.probe.regularisation, float | int) and 0 < cfg.probe.regularisation < math.inf):
+        raise UserError(f"probe.regularisation={cfg.probe.regularisation} is not possible: give a positive number")
+
+
+def _read_all(splits: Mapping[str, Split], bar: Bar) -> None:
+    bar.start(sum(len(split) for split in splits.values()), "reading every image (data.strict)")
+    for split in splits.values():
+        for position in range(len(split)):
+            split[position]
+            bar.advance()
+
+
+def _sample(split: Split) -> Tensor:
+    """The first image that can be read."""
+    item: Any = None
+    for position in range(len(split)):
+        item = split[position]
+        if not isinstance(item, Unreadable):
+            return item[0]
+    raise UserError(f"none of the {len(split)} images of the fit split can be read ({item.name}: {item.reason})")
+
+
+def _check_fits(model: nn.Module, sample: Tensor, name: str, data: str) -> None:
+    try:
+        with torch.no_grad():
+            output = model.eval()(sample[None])
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"model={name} cannot take data={data}, whose images have shape {tuple(sample.shape)} "
+            f"({str(error).splitlines()[0]}): choose a model and data that fit"
+        ) from error
+    if not isinstance(output, Tensor):
+        raise UserError(f"model={name} returns a {type(output).__name__}: it must return one tensor of outputs")
+
+
+def _train(
+    cfg: DictConfig,
+    cache: Cache,
+    source: Source,
+    splits: Mapping[str, Split],
+    model_source: ModelSource,
+    model: nn.Module,
+    bar: Bar,
+) -> None:
+    """Trained weights into ``model``, from the cache where an earlier job left them."""
+    training, images = model_source.training, joined(splits["fit"], splits["probe"])
+    assert training is not None
+    # The initial weights stand for the architecture and the seed.
+    key = key_of(images=images.fingerprint, initial=fingerprint(model), training=vars(training))
+    with cache.lock("models", key):
+        entry = cache.load("models", key)
+        if entry is not None:
+            model.load_state_dict(entry[0])
+            return
+        loader = images.loader(training.batch_size, source.workers, shuffle=True)
+        steps = training.epochs * len(loader)
+        bar.start(steps, "training")
+        trainer = _trainer(cfg, bar, max_epochs=training.epochs)
+        trainer.fit(Learner(model, training, source.regression, steps), loader)
+        cache.save("models", key, model.state_dict(), {"model": model_source.name, "data": source.name})
+
+
+def collect(setup: Setup, split: str, gram: bool, bar: Bar) -> tuple[dict[str, Moments], Seen]:
+    """Moments of the selected layers over a split; only those that no earlier job left in the cache are computed."""
+    images = setup.splits[split]
+    shared = {"version": MOMENTS_VERSION, "model": setup.model_key, "images": images.fingerprint}
+    keys = {layer: key_of(**shared, layer=layer, gram=gram) for layer in setup.layers}
+    with setup.cache.lock("moments", key_of(**shared)):
+        entries = {layer: setup.cache.load("moments", keys[layer]) for layer in setup.layers}
+        missing = [layer for layer in setup.layers if entries[layer] is None]
+        moments = {layer: Moments.from_tensors(entry[0]) for layer, entry in entries.items() if entry is not None}
+        if not missing:
+            metadata = entries[setup.layers[0]][1]  # type: ignore[index]
+            return moments, Seen(int(metadata["images"]), json.loads(metadata["unreadable"]))
+        loader = setup.loader(images)
+        bar.start(len(loader))
+        stream = MomentStream(setup.model, missing, gram)
+        setup.trainer(bar).predict(stream, loader, return_predictions=False)
+        metadata = {"images": str(stream.seen.images), "unreadable": json.dumps(stream.seen.unreadable)}
+        if stream.seen.images < 2:
+            raise UserError(
+                f"only {stream.seen.images} of the {len(images)} images of the {split} split can be read: "
+                "mend the files, or ask for more images (data.limit, data.fit, data.probe, data.validation)"
+            )
+        for layer in missing:
+            moments[layer] = stream.moments[layer].to("cpu")
+            setup.cache.save("moments", keys[layer], moments[layer].tensors(), {**metadata, "layer": layer})
+        return {layer: moments[layer] for layer in setup.layers}, stream.seen
+
+
+def fit_patterns(setup: Setup, moments: Mapping[str, Moments]) -> dict[str, Pattern]:
+    """Patterns of every selected layer, (N, D) float64."""
+    patterns = {}
+    for layer, sums in moments.items():
+        seed = int.from_bytes(hashlib.sha256(f"{setup.cfg.seed} {layer}".encode()).digest()[:8], "big") >> 1
+        generator = torch.Generator().manual_seed(seed)
+        patterns[layer] = setup.estimator.fit(setup.weight(layer), sums, generator)
+    return patterns
+
+
+def in_weight_shape(setup: Setup, patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+    """The patterns as they are used and saved: shaped and typed as the weights."""
+    shaped = {}
+    for layer, pattern in patterns.items():
+        weight: Any = setup.model.get_submodule(layer).weight
+        shaped[layer] = Pattern(
+            pattern.positive.reshape(weight.shape).to(weight.dtype),
+            pattern.negative.reshape(weight.shape).to(weight.dtype),
+            pattern.dead,
+        )
+    return shaped
+
+
+def measure_rho(
+    setup: Setup,
+    patterns: Mapping[str, Pattern],
+    probe: Mapping[str, Moments],
+    test: Mapping[str, Moments],
+    bar: Bar,
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """rho of every neuron, and the regularisation that each layer needed."""
+    common = {**setup.names, "estimator": setup.estimator.name, "criterion": "all", "probe": setup.cfg.probe.name}
+    tables, regularisation = [], {}
+    bar.start(len(patterns))
+    for layer, pattern in patterns.items():
+        sums, held = probe[layer].to(setup.device), test[layer].to(setup.device)
+        here = Pattern(*(tensor.to(setup.device) for tensor in vars(pattern).values()))
+        try:
+            fitted = Probe(sums, setup.cfg.probe.regularisation)
+        except ValueError as error:
+            raise UserError(f"rho of layer {layer}: {error}") from error
+        values = rho(fitted.direction(here), held, here)
+        regularisation[layer] = fitted.regularisation
+        tables.append(rho_rows(layer, setup.all_layers.index(layer), values, pattern.dead, common))
+        bar.advance(detail=layer)
+    return pd.concat(tables, ignore_index=True), regularisation
+
+
+def missing_rho(setup: Setup) -> pd.DataFrame:
+    """Rows without rho, for an estimator that has none."""
+    common = {**setup.names, "estimator": setup.estimator.name, "criterion": "all", "probe": setup.cfg.probe.name}
+    tables = []
+    for layer in setup.layers:
+        count = len(setup.weight(layer))
+        nothing, alive = torch.full((count,), torch.nan), torch.zeros(count, dtype=torch.bool)
+        tables.append(rho_rows(layer, setup.all_layers.index(layer), nothing, alive, common))
+    return pd.concat(tables, ignore_index=True)
+
+
+def why_no_accuracy(setup: Setup) -> str | None:
+    """Why the network's accuracy cannot be measured, or None."""
+    pool = setup.splits["validation"].pool
+    if setup.source.regression:
+        return f"data={setup.source.name} is a regression"
+    if not setup.classifier:
+        return f"model={setup.model_name} has no classifier"
+    if pool.labels is None:
+        return f"data={setup.source.name} has no labels"
+    with torch.no_grad():
+        outputs = setup.model(setup.sample[None]).shape[1]
+    if pool.classes != outputs:
+        return f"data={setup.source.name} has {pool.classes} classes and model={setup.model_name} {outputs} outputs"
+    return None
+
+
+def why_no_explanation(setup: Setup) -> str | None:
+    """Why the network's answers cannot be explained, or None."""
+    if not setup.classifier:
+        return f"model={setup.model_name} has no classifier, so there is no answer to explain"
+    if setup.sample.ndim != 3:
+        return f"data={setup.source.name} has no images"
+    if setup.layers != setup.all_layers:
+        return (
+            f"layer={setup.cfg.layer} selects {len(setup.layers)} of {len(setup.all_layers)} layers, and a whole "
+            "network's explanation needs the patterns of all"
+        )
+    return None
+
+
+def measure_accuracy(setup: Setup, bar: Bar) -> dict[str, Any]:
+    """Top-1 and top-5 accuracy on the validation images."""
+    stream = AccuracyStream(setup.model)
+    loader = setup.loader(setup.splits["validation"])
+    bar.start(len(loader))
+    setup.trainer(bar).predict(stream, loader, return_predictions=False)
+    images = stream.seen.images
+    return {"top1": stream.top1 / images, "top5": stream.top5 / images, "images": images}
+
+
+def methods(setup: Setup, patterns: Mapping[str, Pattern]) -> dict[str, Any]:
+    """Attribution methods by name: PatternAttribution with the estimator's patterns; input ⊙ gradient for S_x."""
+    if not setup.estimator.has_pattern:
+        return {"lrp_z": InputTimesGradient(setup.model)}
+    return {"pattern_attribution": PatternAttribution(setup.model, patterns)}
+
+
+def explain(setup: Setup, patterns: Mapping[str, Pattern]) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+    """The first validation images, their explanations by title, and a caption for each."""
+    split = setup.splits["validation"].first(setup.cfg.explanation.images)
+    batch = split.collate([split[position] for position in range(len(split))])
+    if batch.images is None:
+        raise UserError("none of the first validation images can be read: give more (explanation.images)")
+    images = batch.images.to(setup.device)
+    setup.model.to(setup.device)
+    with torch.no_grad():
+        confidence, predicted = setup.model(images).softmax(1).max(1)
+    columns = {}
+    if setup.estimator.has_pattern:
+        columns["signal"] = PatternNet(setup.model, patterns).attribute(images, predicted).cpu()
+    for name, method in methods(setup, patterns).items():
+        title = "attribution" if setup.estimator.has_pattern else "input × gradient"
+        columns[title if len(columns) < 2 else name] = method.attribute(images, predicted).cpu()
+    captions = [
+        f"predicted {p} ({c:.0%})" + ("" if t < 0 or why_no_accuracy(setup) else f"\ntrue {t}")
+        for p, c, t in zip(predicted.tolist(), confidence.tolist(), batch.targets.tolist(), strict=True)
+    ]
+    return batch.images, columns, captions
+
+
+def patch_and_steps(setup: Setup) -> tuple[int, int]:
+    """Side of a patch and number of patches to replace: the settings, or the paper's 9 and 100 at 224 pixels scaled
+    to the image's size. A patch of one pixel would be replaced by itself, so the default is at least 2."""
+    height, width = setup.sample.shape[1:]
+    patch = setup.cfg.degradation.patch or max(2, round(9 / 224 * min(height, width)))
+    count = (height // patch) * (width // patch)
+    steps = setup.cfg.degradation.steps or min(100, count)
+    if steps > count:
+        raise UserError(
+            f"degradation.steps={steps} is more than the {count} whole patches of {patch}×{patch} pixels in images "
+            f"of {height}×{width}: take fewer steps, or a smaller degradation.patch"
+        )
+    return patch, steps
+
+
+def degrade(setup: Setup, patterns: Mapping[str, Pattern], bar: Bar) -> dict[str, Tensor]:
+    """Degradation curves by method, (images, steps + 1)."""
+    patch, steps = patch_and_steps(setup)
+    count = setup.cfg.degradation.images or len(setup.splits["validation"])
+    split = setup.splits["validation"].first(count)
+    height, width = setup.sample.shape[1:]
+    order = random_ranks(
+        len(split), height // patch, width // patch, torch.Generator().manual_seed(setup.cfg.seed)
+    )
+    loader = setup.loader(split)
+    bar.start(len(loader))
+    stream = DegradationStream(setup.model, methods(setup, patterns), patch, steps, order)
+    setup.trainer(bar, inference_mode=False).predict(stream, loader, return_predictions=False)
+    return stream.curves
+
+
+def area_by_method(curves: Mapping[str, Tensor]) -> dict[str, float]:
+    """Area over the curve, averaged over images."""
+    return {name: float(area_over_curve(curve.double()).mean()) for name, curve in curves.items()}
+
+
+def signal_angles(setup: Setup, patterns: Mapping[str, Pattern]) -> dict[str, float] | None:
+    """Degrees between the known signal and the first layer's filter and pattern, where the data know their signal."""
+    truth, layer = setup.source.signal, setup.layers[0]
+    if truth is None or setup.weight(layer).shape[1] != len(truth):
+        return None
+
+    def degrees(direction: Tensor) -> float:
+        cosine = (direction @ truth).abs() / (direction.norm() * truth.norm())
+        return math.degrees(math.acos(min(1.0, float(cosine))))
+
+    angles = {"filter": degrees(setup.weight(layer)[0])}
+    if layer in patterns:
+        angles["pattern"] = degrees(patterns[layer].positive[0])
+    return angles
+
+
+def split_table(setup: Setup, unreadable: set[str]) -> pd.DataFrame:
+    """One row per image: its split, its index in its pool, its name and label, and whether it could be read."""
+    tables = []
+    for name in SPLITS:
+        split = setup.splits[name]
+        labels = split.pool.labels
+        tables.append(
+            pd.DataFrame(
+                {
+                    "split": name,
+                    "index": split.indices,
+                    "name": [split.pool.ids[i] for i in split.indices],
+                    "label": [None if labels is None else labels[i] for i in split.indices],
+                }
+            )
+        )
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(used=~table.name.isin(unreadable))
+
+
+def output_folder(cfg: DictConfig, folder: Path) -> None:
+    """Checks that results can be written before anything is computed."""
+    try:
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"hydra.run.dir={folder} cannot be written ({error.strerror}): choose another folder"
+        ) from error

@@ -1,0 +1,134 @@
+"""Lightning modules: thin shells that stream batches through the arithmetic of ``core``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pattern_bench.core.degradation import degradation_curve, rank_patches
+from pattern_bench.core.moments import Moments
+from pattern_bench.core.network import collecting
+from pattern_bench.data.splits import Batch
+from pattern_bench.models.source import Training
+
+
+@dataclass
+class Seen:
+    """What a pass over a split met: images used and names of files left out."""
+
+    images: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+    def add(self, batch: Batch) -> None:
+        self.images += 0 if batch.images is None else len(batch.images)
+        self.unreadable += batch.unreadable
+
+
+class Stream(pl.LightningModule):
+    """Predicts batch by batch and keeps what ``visit`` makes of each."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.seen = Seen()
+
+    def predict_step(self, batch: Batch, batch_index: int) -> None:
+        self.seen.add(batch)
+        if batch.images is not None:
+            self.visit(batch.images, batch.targets, batch.positions)
+
+    def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
+        raise NotImplementedError
+
+
+class MomentStream(Stream):
+    """Adds up the moments of the named layers.
+
+    Args:
+        model: canonical network.
+        layers: layer names.
+        gram: whether to sum the Gram matrices, which rho needs and patterns do not.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[str], gram: bool) -> None:
+        super().__init__(model)
+        self.layers, self.gram = layers, gram
+        self.moments: dict[str, Moments] = {}
+
+    def on_predict_start(self) -> None:
+        self.moments = {
+            name: Moments.zeros(self.model.get_submodule(name), self.gram)  # type: ignore[arg-type]
+            for name in self.layers
+        }
+
+    def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
+        with collecting(self.model, self.moments):
+            self.model(images)
+
+
+class AccuracyStream(Stream):
+    """Counts right answers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.top1 = self.top5 = 0
+
+    def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
+        logits = self.model(images)
+        best = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
+        self.top1 += int(best[:, 0].sum())
+        self.top5 += int(best.sum())
+
+
+class DegradationStream(Stream):
+    """Degradation curves of one heat map each, and of a random order, for the class first predicted.
+
+    ``random_order`` (images, rows, columns) holds the ranks of the random order by position in the split, so that
+    it does not depend on batches. ``curves`` maps a method's name to (images, steps + 1) probabilities.
+    """
+
+    def __init__(
+        self, model: nn.Module, methods: Mapping[str, object], patch: int, steps: int, random_order: Tensor
+    ) -> None:
+        super().__init__(model)
+        self.methods, self.patch, self.steps, self.random_order = methods, patch, steps, random_order
+        self.parts: dict[str, list[Tensor]] = {}
+
+    def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
+        predicted = self.model(images).argmax(1)
+        ranks = {"random_order": self.random_order[positions.cpu()].to(images.device)}
+        for name, method in self.methods.items():
+            ranks[name] = rank_patches(method.attribute(images, predicted), self.patch)  # type: ignore[attr-defined]
+        for name, rank in ranks.items():
+            curve = degradation_curve(self.model, images, rank, predicted, self.patch, self.steps)
+            self.parts.setdefault(name, []).append(curve.cpu())
+
+    @property
+    def curves(self) -> dict[str, Tensor]:
+        return {name: torch.cat(parts) for name, parts in self.parts.items()}
+
+
+class Learner(pl.LightningModule):
+    """Trains a model on class labels (cross-entropy) or real targets (squared error)."""
+
+    def __init__(self, model: nn.Module, training: Training, regression: bool, steps: int) -> None:
+        super().__init__()
+        self.model, self.settings, self.regression, self.steps = model, training, regression, steps
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor | None:
+        if batch.images is None:
+            return None
+        outputs = self.model(batch.images)
+        if self.regression:
+            return F.mse_loss(outputs.squeeze(1), batch.targets)
+        return F.cross_entropy(outputs, batch.targets)
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.settings.learning_rate)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.settings.learning_rate, self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
