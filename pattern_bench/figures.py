@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pattern_bench.files import write_file
+from pattern_bench.results import ESTIMATORS, ordered
 
 DPI = 200
-ESTIMATORS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
+LABELS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
 METHODS = {"random_order": "random order", "pattern_net": "PatternNet", "pattern_attribution": "PatternAttribution",
            "lrp_z": "input × gradient"}  # fmt: skip
 
@@ -28,11 +29,6 @@ def _palette(names: list[str]) -> dict[str, tuple[float, float, float]]:
     colours = sns.color_palette("colorblind", 10)
     order = known + sorted(set(names) - set(known))
     return {name: (0.45, 0.45, 0.45) if name == "none" else colours[i % 10] for i, name in enumerate(order)}
-
-
-def ordered(names: list[str]) -> list[str]:
-    """The paper's estimators in the paper's order, then others by name."""
-    return [n for n in ESTIMATORS if n in names] + sorted(n for n in names if n not in ESTIMATORS)
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -49,7 +45,7 @@ def draw_rho(rho: pd.DataFrame, path: Path) -> bool:
     if live.empty:
         return False
     panels = list(live.groupby(["model", "data"], sort=False))
-    widths = [max(4.0, 0.75 * table.layer.nunique()) for _, table in panels]
+    widths = [max(4.0, min(0.75, 6 / table.layer.nunique() + 0.2) * table.layer.nunique()) for _, table in panels]
     with sns.axes_style("whitegrid"):
         figure, axes = plt.subplots(
             1, len(panels), squeeze=False, sharey=True, figsize=(sum(widths) + 1, 4.2),
@@ -71,7 +67,7 @@ def draw_rho(rho: pd.DataFrame, path: Path) -> bool:
     legend = axes[0][-1].get_legend()
     if legend is not None:
         for text in legend.get_texts():
-            text.set_text(ESTIMATORS.get(text.get_text(), text.get_text()))
+            text.set_text(LABELS.get(text.get_text(), text.get_text()))
         sns.move_legend(axes[0][-1], "center left", bbox_to_anchor=(1, 0.5), frameon=False, title="estimator")
     _save(figure, path)
     return True
@@ -97,7 +93,7 @@ def draw_degradation(degradation: pd.DataFrame, path: Path) -> bool:
             for (name, method), curve in curves.items():
                 if name != estimator:
                     continue
-                label = METHODS["random_order"] if name == "none" else ESTIMATORS.get(name, name)
+                label = METHODS["random_order"] if name == "none" else LABELS.get(name, name)
                 if len(methods) > 2 and name != "none":
                     label += f", {METHODS.get(method, method)}"
                 error = curve.probability_std / curve.n**0.5

@@ -6,7 +6,7 @@ import json
 import platform
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,15 @@ DEGRADATION_COLUMNS = (
     "model", "data", "estimator", "method", "step", "probability_mean", "probability_std", "n",
 )  # fmt: skip
 SPLIT_COLUMNS = ("split", "index", "name", "label", "used")
+ESTIMATORS = ("random", "x", "w", "a", "a_plus_minus")
 PACKAGES = (
     "pattern_bench", "torch", "torchvision", "pytorch-lightning", "hydra-core", "wandb", "numpy", "pandas",
 )  # fmt: skip
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """The paper's estimators in the paper's order, then others by name."""
+    return sorted(set(names), key=lambda name: (ESTIMATORS.index(name) if name in ESTIMATORS else 99, name))
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:

@@ -1,0 +1,177 @@
+"""``python -m pattern_bench.report DIR…``: gathers runs into the tables and figures of Fig. 3 and Fig. 4a."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pattern_bench.errors import UserError
+from pattern_bench.files import write_file
+from pattern_bench.results import DEGRADATION_COLUMNS, RHO_COLUMNS, ordered, write_csv
+
+CELL = ["model", "data", "criterion", "probe", "layer", "estimator"]
+CURVE = ["model", "data", "estimator", "method"]
+AREA = "area over the curve"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A complete run: its folder, when it ended, its summary and its tables."""
+
+    folder: Path
+    ended: float
+    summary: dict[str, Any]
+    rho: pd.DataFrame
+    degradation: pd.DataFrame
+
+
+def find_runs(folders: Sequence[str]) -> list[Run]:
+    """Every complete run at or below ``folders`` (a run is complete when it has a ``summary.json``), oldest first.
+
+    Raises:
+        UserError: where a folder is missing, holds no complete run, or a run's files are damaged.
+    """
+    runs: dict[Path, Run] = {}
+    for name in folders:
+        root = Path(name).expanduser()
+        if not root.is_dir():
+            raise UserError(f"DIR={name} is not a folder: give run folders, or folders of runs")
+        found = [Path(folder) for folder, _, files in os.walk(root) if "summary.json" in files]
+        if not found:
+            raise UserError(f"DIR={name} holds no complete run (none has a summary.json): run the job first")
+        runs.update({folder.resolve(): _read(folder) for folder in found})
+    return sorted(runs.values(), key=lambda run: run.ended)
+
+
+def _read(folder: Path) -> Run:
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        rho = pd.read_csv(folder / "rho.csv", dtype={"layer": str})
+        degradation = pd.read_csv(folder / "degradation.csv")
+    except (OSError, ValueError) as error:
+        raise UserError(f"the run in {folder} is damaged ({error}): remove it or run it again") from error
+    for table, columns in ((rho, RHO_COLUMNS), (degradation, DEGRADATION_COLUMNS)):
+        if lacking := [column for column in columns if column not in table.columns]:
+            raise UserError(f"the run in {folder} lacks columns {lacking}: run it again with this version")
+    return Run(folder, (folder / "summary.json").stat().st_mtime, summary, rho, degradation)
+
+
+def merged(tables: Sequence[pd.DataFrame], key: list[str]) -> tuple[pd.DataFrame, int]:
+    """The tables below one another; of the cells with the same ``key``, the last table's win. Also counts the cells
+    that a later run replaced."""
+    numbered = [table.assign(_run=number) for number, table in enumerate(tables) if len(table)]
+    if not numbered:
+        return tables[0], 0
+    every = pd.concat(numbered, ignore_index=True)
+    # What two runs agree on to the last digit, such as the random order's curve, is one result, not a conflict.
+    every = every.drop_duplicates(subset=[column for column in every.columns if column != "_run"], keep="last")
+    newest = every.groupby(key)["_run"].transform("max")
+    kept = every[every["_run"] == newest].drop(columns="_run")
+    return kept, len(every.groupby([*key, "_run"])) - len(kept.groupby(key))
+
+
+def rho_table(rho: pd.DataFrame) -> pd.DataFrame:
+    """Fig. 3 as a table: mean, median and quartiles of rho over the live neurons of each layer and estimator."""
+    keys = ["model", "data", "criterion", "probe", "layer_index", "layer", "estimator"]
+    rank = {name: place for place, name in enumerate(ordered(rho.estimator.unique()))}
+    groups = rho.groupby(keys, sort=True)
+    table = pd.DataFrame(
+        {
+            "mean": groups.rho.mean(),
+            "median": groups.rho.median(),
+            "q25": groups.rho.quantile(0.25),
+            "q75": groups.rho.quantile(0.75),
+            "neurons": groups.size(),
+            "dead": groups.dead.sum(),
+        }
+    )
+    table = table.sort_index(key=lambda level: level.map(rank) if level.name == "estimator" else level)
+    return table.reset_index().drop(columns="layer_index")
+
+
+def degradation_table(degradation: pd.DataFrame) -> pd.DataFrame:
+    """Fig. 4a as a table: mean probability by step, a column per estimator (and method, where there are several);
+    the area over the curve last."""
+    several = degradation[degradation.estimator != "none"].groupby("estimator").method.nunique().max() > 1
+    labels = degradation.estimator.where(degradation.estimator != "none", "random order")
+    if several:
+        labels = labels.where(degradation.estimator == "none", degradation.estimator + " " + degradation.method)
+    wide = degradation.assign(curve=labels).pivot_table(
+        index=["model", "data", "step"], columns="curve", values="probability_mean", sort=False
+    )
+    first = [label for name in ordered(degradation.estimator.unique()) for label in wide if label.split(" ")[0] == name]
+    wide = wide[[*first, *(label for label in wide if label not in first)]]
+    tables = []
+    for (model, data), table in wide.groupby(level=["model", "data"], sort=False):
+        steps = table.sort_index().astype(object)
+        areas = (table.iloc[0] - table).mean()
+        areas.name = (model, data, AREA)
+        tables.append(pd.concat([steps, areas.to_frame().T.astype(object)]))
+    joined = pd.concat(tables)
+    joined.index = pd.MultiIndex.from_tuples(joined.index.tolist(), names=["model", "data", "step"])
+    joined.columns.name = None
+    return joined.reset_index()
+
+
+def write_table(table: pd.DataFrame, stem: Path) -> None:
+    """CSV, Markdown and LaTeX; the latter two rounded to four places."""
+    write_csv(stem.with_suffix(".csv"), table)
+    shown = table.map(lambda value: f"{value:.4f}" if isinstance(value, float) and value == value else value)
+    shown = shown.astype(object).where(table.notna(), "–")
+    markdown = shown.to_markdown(index=False, disable_numparse=True)
+    write_file(stem.with_suffix(".md"), lambda file: file.write_text(markdown + "\n"))
+    latex = shown.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+    write_file(stem.with_suffix(".tex"), lambda file: file.write_text(latex.to_latex(hrules=True)))
+
+
+def report(folders: Sequence[str], output: Path) -> list[str]:
+    """Writes tables and figures of all runs below ``folders`` into ``output``; returns lines that say what it did."""
+    runs = find_runs(folders)
+    rho, replaced = merged([run.rho for run in runs], CELL)
+    degradation, replaced_curves = merged([run.degradation for run in runs], CURVE)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be made ({error.strerror}): choose another folder") from error
+    said = [f"{len(runs)} runs"]
+    if replaced + replaced_curves:
+        said.append(f"{replaced} cells and {replaced_curves} curves of earlier runs replaced by later ones")
+    from pattern_bench.figures import draw_degradation, draw_rho
+
+    write_table(rho_table(rho), output / "fig3")
+    drawn = ["fig3.csv", "fig3.md", "fig3.tex"]
+    if draw_rho(rho, output / "fig3.png"):
+        drawn.append("fig3.png")
+    if len(degradation):
+        write_table(degradation_table(degradation), output / "fig4a")
+        draw_degradation(degradation, output / "fig4a.png")
+        drawn += ["fig4a.csv", "fig4a.md", "fig4a.tex", "fig4a.png"]
+    else:
+        said.append("no run has a degradation curve, so there is no Fig. 4a")
+    return [*said, f"{output}: {' '.join(drawn)}"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m pattern_bench.report", description=__doc__)
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="run folders, or folders of runs (multirun too)")
+    parser.add_argument("--output", type=Path, default=Path("report"), help="where to write (default: report)")
+    options = parser.parse_args(arguments)
+    try:
+        print("\n".join(report(options.folders, options.output)))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: cannot write {error.filename or options.output} ({error.strerror}): free space")
+
+
+if __name__ == "__main__":
+    main()
