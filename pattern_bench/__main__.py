@@ -9,9 +9,10 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from pattern_bench.config import check_complete
 from pattern_bench.errors import UserError
 
 HERE = Path(__file__).parent
@@ -20,9 +21,7 @@ CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(cfg: DictConfig) -> None:
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise UserError(f"{missing[0]} has no value: give one, {missing[0]}=…")
+    check_complete(cfg)
     from pattern_bench.job import run
 
     folder = Path(HydraConfig.get().runtime.output_dir)

@@ -87,9 +87,12 @@ def draw_degradation(degradation: pd.DataFrame, path: Path) -> bool:
         )
     for axis, ((model, data), table) in zip(axes[0], panels, strict=True):
         palette = _palette(list(table.estimator.unique()))
-        curves = {key: curve.sort_values("step") for key, curve in table.groupby(["estimator", "method"])}
+        curves = {
+            (str(name), str(method)): curve.sort_values("step")
+            for (name, method), curve in table.groupby(["estimator", "method"])
+        }
         methods = {method for _, method in curves if method != "random_order"}
-        for estimator in [*ordered([e for e in table.estimator.unique() if e != "none"]), "none"]:
+        for estimator in [*ordered(set(table.estimator) - {"none"}), "none"]:
             for (name, method), curve in curves.items():
                 if name != estimator:
                     continue

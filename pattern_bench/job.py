@@ -31,13 +31,11 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     shown = Stages()
     with shown.run("prepare", "prepare data and model") as bar:
         setup = stages.prepare(cfg, bar)
-        patch, steps = (None, None) if stages.why_no_explanation(setup) else stages.patch_and_steps(setup)
     estimator = setup.estimator
     tracker = Tracker(cfg.logger, folder, f"{setup.model_name}/{cfg.layer}/{estimator.name}", config)
     succeeded = False
     try:
         summary = _stages(cfg, folder, setup, shown, tracker)
-        summary |= {"patch": patch, "steps": steps}
         summary |= {"skipped": shown.skipped, "seconds": shown.seconds, **results.environment()}
         results.write_json(folder / "summary.json", summary)
         succeeded = True
@@ -110,6 +108,7 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
         tracker.image("figures/rho", folder / "rho.png")
 
     areas: dict[str, float] = {}
+    patch = steps = None
     degradation = pd.DataFrame(columns=list(results.DEGRADATION_COLUMNS))
     reason = stages.why_no_explanation(setup)
     if reason is None:
@@ -117,6 +116,7 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
             images, columns, captions = stages.explain(setup, shaped)
             figures.draw_explanations(images, columns, captions, folder / "explanations.png")
         tracker.image("figures/explanations", folder / "explanations.png")
+        patch, steps = stages.patch_and_steps(setup)
         with shown.run("degrade", "image degradation") as bar:
             curves = stages.degrade(setup, shaped, bar)
         areas = stages.area_by_method(curves)
@@ -127,8 +127,8 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
     results.write_csv(folder / "degradation.csv", degradation)
     if figures.draw_degradation(degradation, folder / "degradation.png"):
         tracker.image("figures/degradation", folder / "degradation.png")
-    for row in degradation.itertuples():
-        tracker.metrics({f"degradation/{row.method}": row.probability_mean}, step=int(row.step))
+    for method, step, probability in degradation[["method", "step", "probability_mean"]].itertuples(index=False):
+        tracker.metrics({f"degradation/{method}": probability}, step=int(step))
     tracker.metrics({f"area_over_curve/{method}": area for method, area in areas.items()})
 
     return {
@@ -142,6 +142,8 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
         "unreadable": sorted(unreadable),
         "regularisation": regularisation,
         "rho": rho_summary,
+        "patch": patch,
+        "steps": steps,
         "area_over_curve": areas,
         "accuracy": accuracy.get("top1"),
         "signal_angle_degrees": stages.signal_angles(setup, patterns),

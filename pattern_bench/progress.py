@@ -25,7 +25,7 @@ class Bar:
         self.progress.reset(self.task, total=total, detail=detail)
 
     def advance(self, by: int = 1, detail: str | None = None) -> None:
-        fields = {} if detail is None else {"detail": detail}
+        fields: dict[str, Any] = {} if detail is None else {"detail": detail}
         self.progress.update(self.task, advance=by, **fields)
 
 

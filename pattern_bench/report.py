@@ -81,7 +81,7 @@ def merged(tables: Sequence[pd.DataFrame], key: list[str]) -> tuple[pd.DataFrame
 def rho_table(rho: pd.DataFrame) -> pd.DataFrame:
     """Fig. 3 as a table: mean, median and quartiles of rho over the live neurons of each layer and estimator."""
     keys = ["model", "data", "criterion", "probe", "layer_index", "layer", "estimator"]
-    rank = {name: place for place, name in enumerate(ordered(rho.estimator.unique()))}
+    rank = {name: place for place, name in enumerate(ordered(rho.estimator))}
     groups = rho.groupby(keys, sort=True)
     table = pd.DataFrame(
         {
@@ -100,15 +100,16 @@ def rho_table(rho: pd.DataFrame) -> pd.DataFrame:
 def degradation_table(degradation: pd.DataFrame) -> pd.DataFrame:
     """Fig. 4a as a table: mean probability by step, a column per estimator (and method, where there are several);
     the area over the curve last."""
-    several = degradation[degradation.estimator != "none"].groupby("estimator").method.nunique().max() > 1
-    labels = degradation.estimator.where(degradation.estimator != "none", "random order")
-    if several:
-        labels = labels.where(degradation.estimator == "none", degradation.estimator + " " + degradation.method)
-    wide = degradation.assign(curve=labels).pivot_table(
-        index=["model", "data", "step"], columns="curve", values="probability_mean", sort=False
+    wide = degradation.pivot_table(
+        index=["model", "data", "step"], columns=["estimator", "method"], values="probability_mean"
     )
-    first = [label for name in ordered(degradation.estimator.unique()) for label in wide if label.split(" ")[0] == name]
-    wide = wide[[*first, *(label for label in wide if label not in first)]]
+    names = [name for name in ordered(degradation.estimator) if name != "none"]
+    curves = [(name, method) for name in [*names, "none"] for method in wide.get(name, [])]
+    several = len(curves) > len(names) + 1
+    wide = wide[curves]
+    wide.columns = pd.Index(
+        ["random order" if name == "none" else f"{name} {method}" if several else name for name, method in curves]
+    )
     tables = []
     for (model, data), table in wide.groupby(level=["model", "data"], sort=False):
         steps = table.sort_index().astype(object)
@@ -117,7 +118,6 @@ def degradation_table(degradation: pd.DataFrame) -> pd.DataFrame:
         tables.append(pd.concat([steps, areas.to_frame().T.astype(object)]))
     joined = pd.concat(tables)
     joined.index = pd.MultiIndex.from_tuples(joined.index.tolist(), names=["model", "data", "step"])
-    joined.columns.name = None
     return joined.reset_index()
 
 

@@ -93,8 +93,7 @@ def summarise_rho(rho: pd.DataFrame) -> dict[str, Any]:
         }
 
     layers = [
-        {"layer": layer, **figures(table)}
-        for (_, layer), table in rho.groupby(["layer_index", "layer"], sort=True)
+        {"layer": layer, **figures(table)} for (_, layer), table in rho.groupby(["layer_index", "layer"], sort=True)
     ]
     return {"all": figures(rho), "layers": layers}
 

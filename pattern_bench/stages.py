@@ -13,11 +13,11 @@ from typing import Any
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from pattern_bench.cache import Cache, key_of
+from pattern_bench.config import build
 from pattern_bench.core.backward import InputTimesGradient, PatternAttribution, PatternNet
 from pattern_bench.core.degradation import area_over_curve, random_ranks
 from pattern_bench.core.estimators import Estimator, Pattern
@@ -27,7 +27,7 @@ from pattern_bench.core.quality import Probe, rho
 from pattern_bench.data.source import Source
 from pattern_bench.data.splits import SPLITS, Split, Unreadable, joined, make_splits
 from pattern_bench.errors import UserError
-from pattern_bench.models.source import ModelSource, fingerprint
+from pattern_bench.models.source import ModelSource, Training, fingerprint
 from pattern_bench.progress import Bar, LightningBar
 from pattern_bench.results import rho_rows
 from pattern_bench.streams import AccuracyStream, DegradationStream, Learner, MomentStream, Seen
@@ -51,6 +51,7 @@ class Setup:
     layers: list[str]
     estimator: Estimator
     sample: Tensor
+    outputs: int
 
     @property
     def names(self) -> dict[str, str]:
@@ -61,34 +62,30 @@ class Setup:
         return self.trainer().strategy.root_device
 
     def trainer(self, bar: Bar | None = None, **settings: Any) -> pl.Trainer:
-        return _trainer(self.cfg, bar, **settings)
+        return build(
+            self.cfg.trainer,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[] if bar is None else [LightningBar(bar)],
+            **settings,
+        )
 
     def loader(self, split: Split) -> torch.utils.data.DataLoader:
         return split.loader(self.source.batch_size, self.source.workers)
 
     def weight(self, layer: str) -> Tensor:
         """(N, D), float64."""
-        return self.model.get_submodule(layer).weight.flatten(1).double()  # type: ignore[union-attr, operator]
-
-
-def _trainer(cfg: DictConfig, bar: Bar | None, **settings: Any) -> pl.Trainer:
-    return instantiate(
-        cfg.trainer,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[] if bar is None else [LightningBar(bar)],
-        **settings,
-    )
+        return self.model.get_submodule(layer).weight.flatten(1).double()  # type: ignore[operator]
 
 
 def prepare(cfg: DictConfig, bar: Bar) -> Setup:
     """Data, splits and network, every setting checked; trains the network where it comes without weights."""
     cache = Cache(cfg.cache.dir)
-    estimator: Estimator = instantiate(cfg.estimator)
-    model_source: ModelSource = instantiate(cfg.model)
-    source: Source = instantiate(cfg.data)
+    estimator: Estimator = build(cfg.estimator)
+    model_source: ModelSource = build(cfg.model)
+    source: Source = build(cfg.data)
     _check_numbers(cfg, source)
     splits = make_splits(source, cfg.seed)
     transform = model_source.transform() or source.transform()
@@ -101,23 +98,26 @@ def prepare(cfg: DictConfig, bar: Bar) -> Setup:
 
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     built = model_source.build(sample, pool.classes)
-    _check_fits(built, sample, model_source.name, source.name)
-    names = layers_in_order(built.eval(), sample[None])
+    outputs = _outputs(built, sample, model_source.name, source.name)
+    names = layers_in_order(built, sample[None])
     if not names:
         raise UserError(f"model={model_source.name} has no Conv or Linear layer to examine: choose another model")
-    layers = select_layers(names, _layer_setting(cfg))
+    setup = Setup(
+        cfg, cache, source, splits, model_source.name, model_source.classifier, built, "", names,
+        select_layers(names, _layer_setting(cfg)), estimator, sample, outputs,
+    )  # fmt: skip
+    if why_no_explanation(setup) is None:
+        patch_and_steps(setup)
     if model_source.training is not None:
         if pool.labels is None:
             raise UserError(
                 f"model={model_source.name} has no weights and data={source.name} no labels to train it on: "
                 "give model.weights=FILE, or images in one subfolder per class"
             )
-        _train(cfg, cache, source, splits, model_source, built, bar)
-    model = canonical(built)
-    return Setup(
-        cfg, cache, source, splits, model_source.name, model_source.classifier, model, fingerprint(model),
-        layers_in_order(model, sample[None]), layers, estimator, sample,
-    )  # fmt: skip
+        _train(setup, model_source.training, bar)
+    setup.model = canonical(built)
+    setup.model_key = fingerprint(setup.model)
+    return setup
 
 
 def _layer_setting(cfg: DictConfig) -> str | list[str]:
@@ -156,7 +156,8 @@ def _sample(split: Split) -> Tensor:
     raise UserError(f"none of the {len(split)} images of the fit split can be read ({item.name}: {item.reason})")
 
 
-def _check_fits(model: nn.Module, sample: Tensor, name: str, data: str) -> None:
+def _outputs(model: nn.Module, sample: Tensor, name: str, data: str) -> int:
+    """How many outputs the model has for the data's images."""
     try:
         with torch.no_grad():
             output = model.eval()(sample[None])
@@ -167,33 +168,25 @@ def _check_fits(model: nn.Module, sample: Tensor, name: str, data: str) -> None:
         ) from error
     if not isinstance(output, Tensor):
         raise UserError(f"model={name} returns a {type(output).__name__}: it must return one tensor of outputs")
+    return output.shape[1]
 
 
-def _train(
-    cfg: DictConfig,
-    cache: Cache,
-    source: Source,
-    splits: Mapping[str, Split],
-    model_source: ModelSource,
-    model: nn.Module,
-    bar: Bar,
-) -> None:
-    """Trained weights into ``model``, from the cache where an earlier job left them."""
-    training, images = model_source.training, joined(splits["fit"], splits["probe"])
-    assert training is not None
+def _train(setup: Setup, training: Training, bar: Bar) -> None:
+    """Gives the model trained weights, from the cache where an earlier job left them."""
+    images = joined(setup.splits["fit"], setup.splits["probe"])
     # The initial weights stand for the architecture and the seed.
-    key = key_of(images=images.fingerprint, initial=fingerprint(model), training=vars(training))
-    with cache.lock("models", key):
-        entry = cache.load("models", key)
+    key = key_of(images=images.fingerprint, initial=fingerprint(setup.model), training=vars(training))
+    with setup.cache.lock("models", key):
+        entry = setup.cache.load("models", key)
         if entry is not None:
-            model.load_state_dict(entry[0])
+            setup.model.load_state_dict(entry[0])
             return
-        loader = images.loader(training.batch_size, source.workers, shuffle=True)
+        loader = images.loader(training.batch_size, setup.source.workers, shuffle=True)
         steps = training.epochs * len(loader)
         bar.start(steps, "training")
-        trainer = _trainer(cfg, bar, max_epochs=training.epochs)
-        trainer.fit(Learner(model, training, source.regression, steps), loader)
-        cache.save("models", key, model.state_dict(), {"model": model_source.name, "data": source.name})
+        learner = Learner(setup.model, training, setup.source.regression, steps)
+        setup.trainer(bar, max_epochs=training.epochs).fit(learner, loader)
+        setup.cache.save("models", key, setup.model.state_dict(), setup.names)
 
 
 def collect(setup: Setup, split: str, gram: bool, bar: Bar) -> tuple[dict[str, Moments], Seen]:
@@ -292,10 +285,8 @@ def why_no_accuracy(setup: Setup) -> str | None:
         return f"model={setup.model_name} has no classifier"
     if pool.labels is None:
         return f"data={setup.source.name} has no labels"
-    with torch.no_grad():
-        outputs = setup.model(setup.sample[None]).shape[1]
-    if pool.classes != outputs:
-        return f"data={setup.source.name} has {pool.classes} classes and model={setup.model_name} {outputs} outputs"
+    if pool.classes != setup.outputs:
+        return f"data={setup.source.name} has {pool.classes} classes and model={setup.model_name} {setup.outputs} outputs"
     return None
 
 
@@ -359,7 +350,7 @@ def patch_and_steps(setup: Setup) -> tuple[int, int]:
     height, width = setup.sample.shape[1:]
     patch = setup.cfg.degradation.patch or max(2, round(9 / 224 * min(height, width)))
     count = (height // patch) * (width // patch)
-    steps = setup.cfg.degradation.steps or min(100, count)
+    steps = setup.cfg.degradation.steps or max(1, min(100, count))
     if steps > count:
         raise UserError(
             f"degradation.steps={steps} is more than the {count} whole patches of {patch}×{patch} pixels in images "
@@ -374,9 +365,7 @@ def degrade(setup: Setup, patterns: Mapping[str, Pattern], bar: Bar) -> dict[str
     count = setup.cfg.degradation.images or len(setup.splits["validation"])
     split = setup.splits["validation"].first(count)
     height, width = setup.sample.shape[1:]
-    order = random_ranks(
-        len(split), height // patch, width // patch, torch.Generator().manual_seed(setup.cfg.seed)
-    )
+    order = random_ranks(len(split), height // patch, width // patch, torch.Generator().manual_seed(setup.cfg.seed))
     loader = setup.loader(split)
     bar.start(len(loader))
     stream = DegradationStream(setup.model, methods(setup, patterns), patch, steps, order)

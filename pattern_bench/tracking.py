@@ -81,12 +81,13 @@ class Tracker:
 def _wandb_logger(settings: Mapping[str, Any], folder: Path, name: str) -> WandbLogger:
     import wandb
 
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _reachable() else "offline")
     run = wandb.init(
         name=name,
         dir=folder,
         project=settings["project"],
         entity=settings["entity"],
-        mode=os.environ.get("WANDB_MODE") or ("online" if _reachable() else "offline"),
+        mode=mode,
         settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
     )
     return WandbLogger(experiment=run)

@@ -111,9 +111,7 @@ def brute_patches(layer, x):
         width = [(p, p) for p in layer.padding]
     mode = {"zeros": "constant", "reflect": "reflect", "circular": "wrap", "replicate": "edge"}[layer.padding_mode]
     x = np.pad(x, [(0, 0), (0, 0), *width], mode=mode)
-    out = [
-        (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
-    ]
+    out = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)]
     per_group = x.shape[1] // groups
     found = [[] for _ in range(groups)]
     for image in x:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.layers import Layer, geometry_of, pad
@@ -73,7 +72,7 @@ def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
             def forward(x: Tensor, layer: Any = layer, weight: Tensor = weight) -> Tensor:
                 return _Replaced.apply(x, layer, weight)
 
-            layer.forward = forward  # type: ignore[method-assign]
+            layer.forward = forward
         yield
     finally:
         for layer in layers:
@@ -122,7 +121,8 @@ class _PatternMethod:
 
     def attribute(self, inputs: Tensor, target: Tensor | None = None) -> Tensor:
         """One value per input value, in the input's shape; ``target`` (B,) or the predicted class."""
-        with torch.enable_grad(), replaced_weights(self.model, self.weights):
+        weights = {name: weight.to(inputs.device) for name, weight in self.weights.items()}
+        with torch.enable_grad(), replaced_weights(self.model, weights):
             x = inputs.detach().clone().requires_grad_()
             output = output_of_target(self.model(x), target)
             return torch.autograd.grad(output, x, output.detach())[0]

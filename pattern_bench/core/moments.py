@@ -46,9 +46,9 @@ class Moments:
         def zero(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=layer.weight.device)
 
-        vectors = [zero(n) for _ in range(5)]
-        crosses = [zero(n, d) for _ in range(3)]
-        return cls(zero(), zero(g, d), *vectors, *crosses, zero(g, d, d) if gram else None)
+        scalars = {name: zero(n) for name in ("g", "ug", "un", "uug", "uun")}
+        crosses = {name: zero(n, d) for name in ("xg", "xug", "xun")}
+        return cls(n=zero(), x=zero(g, d), **scalars, **crosses, gram=zero(g, d, d) if gram else None)
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name, for files and reductions."""
@@ -137,4 +137,3 @@ class Moments:
             raise ValueError("these moments were collected without the Gram matrix, which rho needs")
         mean = self.mean_x
         return self.gram / self.n - mean[:, :, None] * mean[:, None, :]
-

@@ -6,6 +6,7 @@ import copy
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,9 +22,10 @@ def canonical(model: nn.Module) -> nn.Module:
     dense layer folded into it, so that the layer's output is the pre-activation that the gate sees."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for layer_name, norm_name in _foldable(model):
-        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        layer: Any = model.get_submodule(layer_name)
+        norm: Any = model.get_submodule(norm_name)
         fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        model.set_submodule(layer_name, fuse(layer, norm).requires_grad_(False))  # type: ignore[type-var, operator]
+        model.set_submodule(layer_name, fuse(layer, norm).requires_grad_(False))
         model.set_submodule(norm_name, nn.Identity())
     return model
 

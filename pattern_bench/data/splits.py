@@ -68,9 +68,7 @@ class Split(Dataset):
         return Batch(images, targets, torch.tensor([p for _, _, p in good]), bad)
 
     def loader(self, batch_size: int, workers: int, shuffle: bool = False) -> DataLoader:
-        return DataLoader(
-            self, batch_size=batch_size, shuffle=shuffle, num_workers=workers, collate_fn=self.collate
-        )
+        return DataLoader(self, batch_size=batch_size, shuffle=shuffle, num_workers=workers, collate_fn=self.collate)
 
     def first(self, count: int) -> Split:
         """The first ``count`` images."""

@@ -36,7 +36,9 @@ class ImportedModel(ModelSource):
         try:
             model = self.factory(**self.arguments)
         except TypeError as error:
-            raise UserError(f"model.path={self.path} does not take model.arguments={self.arguments}: {error}") from error
+            raise UserError(
+                f"model.path={self.path} does not take model.arguments={self.arguments}: {error}"
+            ) from error
         if not isinstance(model, nn.Module):
             raise UserError(f"model.path={self.path} gave a {type(model).__name__}, not a torch.nn.Module")
         return model

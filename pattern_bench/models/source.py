@@ -80,8 +80,9 @@ def read_weights(file: str) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        kind = "safetensors" if path.suffix == ".safetensors" else "a state dict"
         raise UserError(
-            f"model.weights={file} cannot be read as {'safetensors' if path.suffix == '.safetensors' else 'a state dict'}"
+            f"model.weights={file} cannot be read as {kind}"
             f" ({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
             "save it again with safetensors.torch.save_file(model.state_dict(), ...)"
         ) from error

@@ -47,7 +47,7 @@ class TorchvisionModel(ModelSource):
         if weights is not None and not self.is_file and weights != "DEFAULT" and weights not in self.enum.__members__:
             raise UserError(
                 f"model.weights={weights} is neither a file nor weights of {architecture}: "
-                f"choose from DEFAULT, {', '.join(self.enum.__members__)}, a file, or null for random weights"
+                f"choose from {', '.join(self.enum.__members__)}, a file, or null for random weights"
             )
 
     def module(self, sample: Tensor, classes: int | None) -> nn.Module:

@@ -1,0 +1,153 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import models
+
+from pattern_bench.config import build
+from pattern_bench.core.network import canonical, layers_in_order, select_layers
+from pattern_bench.errors import UserError
+
+PHOTO, DIGIT = torch.rand(3, 64, 64), torch.rand(1, 8, 8)
+
+
+def built(configure, *overrides, sample=PHOTO, classes=10):
+    return build(configure(*overrides).model).build(sample, classes)
+
+
+def test_weights_from_safetensors_and_from_a_state_dict(configure, tmp_path):
+    state = {key: torch.randn_like(t) for key, t in models.squeezenet1_1().state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save(state, tmp_path / "w.pt")
+    torch.save({"state_dict": state}, tmp_path / "nested.pth")
+    for name in ("w.safetensors", "w.pt", "nested.pth"):
+        model = built(configure, "model=squeezenet1_1", f"model.weights={tmp_path / name}")
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, state[key])
+
+
+def test_half_precision_weights_of_a_part(configure, tmp_path):
+    state = {k: t.half() for k, t in models.vgg11().features.state_dict(prefix="features.").items()}
+    save_file(state, tmp_path / "w.safetensors")
+    overrides = ["model=vgg16_features", "model.architecture=vgg11", f"model.weights={tmp_path / 'w.safetensors'}"]
+    model = built(configure, *overrides)
+    assert model.features[0].weight.dtype == torch.float32
+    assert torch.equal(model.features[0].weight, state["features.0.weight"].float())
+    assert layers_in_order(model, PHOTO[None])[0] == "features.0"
+
+
+def test_weights_of_the_enum_are_downloaded_and_bring_their_transform(configure, tmp_path, monkeypatch):
+    state = models.resnet18().state_dict()
+    torch.save(state, tmp_path / "resnet18-00000000.pth")
+    weights = models.ResNet18_Weights.IMAGENET1K_V1
+    asked = {}
+
+    def download(url, **settings):
+        asked.update(url=url, **settings)
+        return torch.load(tmp_path / "resnet18-00000000.pth", weights_only=settings["weights_only"])
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    source = build(configure("model=resnet18", "model.weights=IMAGENET1K_V1").model)
+    model = source.build(PHOTO, 1000)
+    assert asked["url"] == weights.url
+    assert asked["weights_only"]
+    assert asked["check_hash"]
+    assert torch.equal(model.conv1.weight, state["conv1.weight"])
+    assert repr(source.transform()) == repr(weights.transforms())
+
+
+def test_without_network_a_download_says_what_to_do(configure, monkeypatch):
+    from urllib.error import URLError
+
+    def fail(*_, **__):
+        raise URLError("no route")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
+    with pytest.raises(UserError, match=r"model.weights=DEFAULT cannot be downloaded.*no route.*model.weights=FILE"):
+        built(configure, "model=alexnet")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=torchvision", "model.architecture=resnet19"], r"resnet19 is no classification model.*resnet18"),
+        (["model=resnet18", "model.weights=IMAGENET1K_V9"], r"IMAGENET1K_V9 is neither a file nor weights"),
+        (["model=resnet18", "model.weights=/no/such.safetensors"], r"such.safetensors is not a file"),
+        (["model=vgg16_features", "model.weights=null", "model.part=body"], r"model.part=body is no part of vgg16"),
+        (["model=imported", "model.path=no.such.Net"], r"model.path=no.such.Net cannot be imported"),
+        (["model=imported", "model.path=torch.nn.ReLU", "+model.arguments.size=3"], r"does not take"),
+        (["model=imported", "model.path=builtins.dict"], r"gave a dict"),
+    ],
+)
+def test_wrong_models_are_refused(configure, overrides, message):
+    with pytest.raises(UserError, match=message):
+        built(configure, *overrides)
+
+
+def test_weights_that_do_not_fit_name_the_keys(configure, tmp_path):
+    state = models.squeezenet1_1().state_dict()
+    del state["features.0.bias"]
+    state["extra.weight"] = torch.zeros(1)
+    state["classifier.1.weight"] = torch.zeros(10, 512, 1, 1)
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UserError) as caught:
+        built(configure, "model=squeezenet1_1", f"model.weights={tmp_path / 'w.safetensors'}")
+    for part in ("missing features.0.bias", "not in the model extra.weight", "classifier.1.weight (10, 512, 1, 1)"):
+        assert part in str(caught.value)
+
+
+def test_a_pickle_with_code_is_not_run(configure, tmp_path):
+    import os
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (tmp_path / "w.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"a": Evil()}, tmp_path / "zip.pt")
+    for name in ("w.pt", "zip.pt"):
+        with pytest.raises(UserError, match="cannot be read as a state dict"):
+            built(configure, "model=squeezenet1_1", f"model.weights={tmp_path / name}")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "w.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        built(configure, "model=squeezenet1_1", f"model.weights={tmp_path / 'w.safetensors'}")
+
+
+def test_a_class_of_the_users_own(configure):
+    overrides = ["model=imported", "model.path=torchvision.models.resnet18", "+model.arguments.num_classes=7"]
+    assert built(configure, *overrides)(PHOTO[None].repeat(2, 1, 1, 1)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "googlenet", "densenet121"])
+def test_folding_batch_norm_keeps_the_outputs_and_the_original(name):
+    torch.manual_seed(0)
+    extra = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    model = models.get_model(name, weights=None, **extra).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    x = torch.randn(2, 3, 64, 64)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    folded = canonical(model)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    left = sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    whole = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert left == 0 or (name == "densenet121" and left < whole)
+
+
+def test_layers_are_chosen_by_name_list_or_glob(configure):
+    names = layers_in_order(built(configure, "model=small_vgg", sample=DIGIT), DIGIT[None])
+    assert names == ["features.0", "features.2", "features.5", "features.7", "classifier.1", "classifier.3"]
+    assert select_layers(names, "all") == names
+    assert select_layers(names, "features.2") == ["features.2"]
+    assert select_layers(names, "features.*") == names[:4]
+    assert select_layers(names, ["classifier.3", "features.[02]"]) == ["features.0", "features.2", "classifier.3"]
+    with pytest.raises(UserError, match=r"layer=feature.0 matches no layer.*did you mean features.0"):
+        select_layers(names, "feature.0")
+    with pytest.raises(UserError, match="selects no layer"):
+        select_layers(names, [])
