@@ -41,7 +41,7 @@ def main() -> None:
         sys.exit("error: " + "\n".join(dict.fromkeys(messages)))
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        sys.exit(f"error: cannot use{where} ({error.strerror or error}): free space or choose another folder")
+        sys.exit(f"error: cannot use{where} ({error.strerror or error}): free space, or choose another hydra.run.dir")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

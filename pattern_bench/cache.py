@@ -41,6 +41,7 @@ class Cache:
             self.writable = os.access(self.folder, os.W_OK)
         except OSError:
             self.writable = False
+        self.full = False
         if not self.writable:
             log.warning("cache.dir=%s cannot be written: nothing will be reused by later runs", self.folder)
 
@@ -77,5 +78,7 @@ class Cache:
         try:
             path.parent.mkdir(exist_ok=True)
             write_tensors(path, tensors, metadata)
-        except (OSError, safetensors.SafetensorError) as error:
-            log.warning("cache entry %s cannot be written (%s): going on without it", path, error)
+        except OSError as error:
+            if not self.full:
+                log.warning("cache entry %s cannot be written (%s): going on without it", path, error.strerror)
+            self.full = True

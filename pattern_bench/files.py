@@ -14,16 +14,22 @@ from torch import Tensor
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets ``write`` make a file beside ``path`` and moves it into place, so that it is never half written."""
+    """Lets ``write`` make a file beside ``path`` and moves it into place, so that it is never half written.
+
+    Raises:
+        OSError: naming ``path``, where it cannot be written.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
     os.close(handle)
     try:
         write(Path(name))
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(name)
+        if isinstance(error, OSError | safetensors.SafetensorError):
+            raise OSError(getattr(error, "errno", None), getattr(error, "strerror", str(error)), str(path)) from error
         raise
 
 

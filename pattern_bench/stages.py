@@ -286,7 +286,9 @@ def why_no_accuracy(setup: Setup) -> str | None:
     if pool.labels is None:
         return f"data={setup.source.name} has no labels"
     if pool.classes != setup.outputs:
-        return f"data={setup.source.name} has {pool.classes} classes and model={setup.model_name} {setup.outputs} outputs"
+        return (
+            f"data={setup.source.name} has {pool.classes} classes and model={setup.model_name} {setup.outputs} outputs"
+        )
     return None
 
 

@@ -278,3 +278,19 @@ def test_a_later_run_replaces_an_earlier_one_in_the_report(run_job, tmp_path, ca
     table = pd.read_csv(tmp_path / "report" / "fig3.csv")
     assert table["mean"].tolist() == [pytest.approx(read(last)["rho"]["all"]["mean"])]
     assert not torch.isnan(torch.tensor(table["mean"])).any()
+
+
+def test_a_disk_that_fills_up_costs_the_cache_entry_or_names_the_file(
+    run_job, configure, tmp_path, monkeypatch, caplog
+):
+    """safetensors fails as on a full disk: the cache warns once, the run names the file that it cannot write."""
+    from safetensors import SafetensorError
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("pattern_bench.files.save_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        run_job(*SMALL, f"cache.dir={tmp_path / 'cache'}")
+    assert caught.value.filename.endswith("patterns.safetensors")
+    assert caplog.text.count("cannot be written") == 1
