@@ -30,9 +30,9 @@ from pattern_bench.errors import UserError
 from pattern_bench.models.source import ModelSource, Training, fingerprint
 from pattern_bench.progress import Bar, LightningBar
 from pattern_bench.results import rho_rows
-from pattern_bench.streams import AccuracyStream, DegradationStream, Learner, MomentStream, Seen
+from pattern_bench.streams import AccuracyStream, DegradationStream, Learner, MomentStream, Seen, fast_layout
 
-MOMENTS_VERSION = 1
+MOMENTS_VERSION = 2
 
 
 @dataclass
@@ -203,7 +203,7 @@ def collect(setup: Setup, split: str, gram: bool, bar: Bar) -> tuple[dict[str, M
             return moments, Seen(int(metadata["images"]), json.loads(metadata["unreadable"]))
         loader = setup.loader(images)
         bar.start(len(loader))
-        stream = MomentStream(setup.model, missing, gram)
+        stream = MomentStream(setup.model, missing, gram, round(setup.cfg.moments.memory_gib * 2**30))
         setup.trainer(bar).predict(stream, loader, return_predictions=False)
         metadata = {"images": str(stream.seen.images), "unreadable": json.dumps(stream.seen.unreadable)}
         if stream.seen.images < 2:
@@ -212,7 +212,7 @@ def collect(setup: Setup, split: str, gram: bool, bar: Bar) -> tuple[dict[str, M
                 "mend the files, or ask for more images (data.limit, data.fit, data.probe, data.validation)"
             )
         for layer in missing:
-            moments[layer] = stream.moments[layer].to("cpu")
+            moments[layer] = stream.collectors[layer].moments().to("cpu")
             setup.cache.save("moments", keys[layer], moments[layer].tensors(), {**metadata, "layer": layer})
         return {layer: moments[layer] for layer in setup.layers}, stream.seen
 
@@ -329,7 +329,7 @@ def explain(setup: Setup, patterns: Mapping[str, Pattern]) -> tuple[Tensor, dict
     batch = split.collate([split[position] for position in range(len(split))])
     if batch.images is None:
         raise UserError("none of the first validation images can be read: give more (explanation.images)")
-    images = batch.images.to(setup.device)
+    images = fast_layout(batch.images.to(setup.device))
     setup.model.to(setup.device)
     with torch.no_grad():
         confidence, predicted = setup.model(images).softmax(1).max(1)

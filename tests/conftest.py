@@ -108,7 +108,7 @@ def brute_patches(layer, x):
     if layer.padding == "same":
         width = [(d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for k, d in zip(kernel, dilation, strict=True)]
     else:
-        width = [(p, p) for p in layer.padding]
+        width = [(p, p) for p in ((0,) * len(kernel) if layer.padding == "valid" else layer.padding)]
     mode = {"zeros": "constant", "reflect": "reflect", "circular": "wrap", "replicate": "edge"}[layer.padding_mode]
     x = np.pad(x, [(0, 0), (0, 0), *width], mode=mode)
     out = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)]

@@ -7,13 +7,15 @@ from conftest import brute_neuron
 from torch import nn
 
 from pattern_bench.core import estimators
-from pattern_bench.core.moments import Moments
+from pattern_bench.core.collector import Collector
 
 FITTED = {e.name: e for e in (estimators.Random, estimators.Filter, estimators.Linear, estimators.TwoRegimes)}
 
 
 def fitted(layer, x, estimator, seed=0):
-    m = Moments.zeros(layer, False).update_(layer, x, layer(x))
+    collector = Collector(layer, gram=False)
+    collector.add(x, layer(x))
+    m = collector.moments()
     generator = torch.Generator().manual_seed(seed)
     return FITTED[estimator]().fit(layer.weight.detach().flatten(1).double(), m, generator)
 

@@ -1,18 +1,22 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 from conftest import brute_neuron, brute_patches
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from pattern_bench.core.moments import Moments
+from pattern_bench.core.collector import Collector
 from pattern_bench.core.network import collecting
 
 
-def collected(layer, *batches, gram=True):
-    moments = Moments.zeros(layer, gram)
+def collected(layer, *batches, gram=True, memory=2**30):
+    collector = Collector(layer, gram, memory)
     for x in batches:
-        moments.update_(layer, x, layer(x))
-    return moments
+        collector.add(x, layer(x))
+    return collector.moments()
 
 
 def test_every_sum_equals_brute_force(layer_and_input):
@@ -56,15 +60,14 @@ def test_batches_merge_by_addition(layer_and_input):
 def test_moments_with_and_without_gram_do_not_add_up():
     layer = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="do not add up"):
-        Moments.zeros(layer, True).add_(Moments.zeros(layer, False))
+        Collector(layer, True).moments().add_(Collector(layer, False).moments())
 
 
-def test_a_gram_in_chunks_equals_one_product(monkeypatch):
+def test_a_batch_in_parts_equals_one_product():
     layer = nn.Conv2d(2, 3, 3).double()
     x = torch.randn(5, 2, 6, 6, dtype=torch.float64)
     whole = collected(layer, x)
-    monkeypatch.setattr("pattern_bench.core.moments.GRAM_CHUNK_BYTES", 1)
-    torch.testing.assert_close(collected(layer, x).gram, whole.gram)
+    torch.testing.assert_close(collected(layer, x, memory=1).gram, whole.gram)
 
 
 def test_hooks_count_every_call_and_leave_nothing_behind():
@@ -72,13 +75,104 @@ def test_hooks_count_every_call_and_leave_nothing_behind():
     shared = nn.Linear(3, 3).double()
     model = nn.Sequential(shared, nn.ReLU(inplace=True), shared, nn.ReLU(inplace=True)).requires_grad_(False)
     x = torch.randn(50, 3, dtype=torch.float64)
-    m = {"0": Moments.zeros(shared, True)}
-    with collecting(model, m):
+    collectors = {"0": Collector(shared, True)}
+    with collecting(model, collectors):
         model(x)
     assert not shared._forward_hooks
     both = torch.cat([x, shared(x).relu()])
-    torch.testing.assert_close(m["0"].gram[0], both.T @ both)
-    torch.testing.assert_close(m["0"].g, (shared(both) > 0).double().sum(0))
-    with pytest.raises(RuntimeError), collecting(model, m):
+    moments = collectors["0"].moments()
+    torch.testing.assert_close(moments.gram[0], both.T @ both)
+    torch.testing.assert_close(moments.g, (shared(both) > 0).double().sum(0))
+    with pytest.raises(RuntimeError), collecting(model, collectors):
         model(torch.zeros(1, 4, dtype=torch.float64))
     assert not shared._forward_hooks
+
+
+@st.composite
+def geometries(draw):
+    """A Conv2d of any geometry with an input that it accepts."""
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    channels, outputs = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 2))
+    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    stride, dilation = (draw(st.sampled_from([(1, 1), (1, 1), (1, 2), (3, 2)])) for _ in range(2))
+    mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
+    padding = draw(st.sampled_from(["same", "valid", (0, 0), (1, 1), (0, 2), (3, 1)]))
+    if padding == "same":
+        stride = (1, 1)
+    least = [d * (k - 1) + 4 for k, d in zip(kernel, dilation, strict=True)]
+    size = [n + draw(st.integers(0, 6)) for n in least]
+    bias = draw(st.booleans())
+    layer = nn.Conv2d(
+        channels, outputs, kernel, stride, padding, dilation, groups, bias=bias, padding_mode=mode, dtype=torch.float64
+    )
+    torch.manual_seed(draw(st.integers(0, 99)))
+    x = torch.randn(2, channels, *size, dtype=torch.float64)
+    mean = draw(st.sampled_from([0.0, 0.5, 300.0]))
+    return layer.requires_grad_(False), x + mean
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(geometries(), st.booleans(), st.sampled_from([0, 64]))
+def test_drawn_geometries_equal_brute_force(drawn, gram, small_patch):
+    """In float64 to 1e-12, with float32 products to 1e-5, with and without the autocorrelation."""
+    layer, x = drawn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pattern_bench.core.gram.SMALL_PATCH", small_patch)
+        exact = collected(layer, *x.split(1), gram=gram)
+        single = collected(copy.deepcopy(layer).float(), x.float(), gram=gram)
+    patches = brute_patches(layer, x)
+    expected = {"x": patches.sum(1), "n": np.array(float(patches.shape[1]))}
+    if gram:
+        expected["gram"] = patches.transpose(0, 2, 1) @ patches
+    rows = [brute_neuron(layer, x, neuron) for neuron in range(layer.weight.shape[0])]
+    expected["g"] = np.array([g.sum() for _, _, g in rows])
+    expected["xg"] = np.array([g.astype(float) @ p for p, _, g in rows])
+    expected["xug"] = np.array([(u * g) @ p for p, u, g in rows])
+    expected["xun"] = np.array([(u * ~g) @ p for p, u, g in rows])
+    # The two regimes' sums are differences of the whole where the Gram matrix is known: their scale is the whole's.
+    scale = np.array([np.abs(u) @ np.abs(p) for p, u, _ in rows])
+    # A float32 gate may differ where y is zero to its last digit; no such y is in these draws' scale.
+    for name, value in expected.items():
+        norm = np.linalg.norm(scale if name in ("xug", "xun") else value)
+        assert np.linalg.norm(getattr(exact, name).numpy() - value) <= 1e-12 * norm, name
+        assert np.linalg.norm(getattr(single, name).numpy() - value) <= 1e-5 * norm, name
+
+
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_a_large_mean_costs_no_digit(dimension):
+    """Activations with mean 1,000 and deviation 1: cov keeps 6 digits, in float32 products."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5) if dimension == 1 else nn.Conv2d(3, 4, 3)
+    x = torch.randn(20_000, 6) if dimension == 1 else torch.randn(40, 3, 20, 20)
+    x += 1000
+    layer.requires_grad_(False)
+    m = collected(layer, *x.split(len(x) // 4))
+    patches = brute_patches(layer, x)[0]
+    expected = np.cov(patches.T, bias=True)
+    assert np.abs(m.cov_x[0].numpy() - expected).max() <= 5e-6 * np.abs(expected).max()
+    without = collected(layer, *x.split(len(x) // 4), gram=False)
+    w = layer.weight.flatten(1).double().numpy()
+    for found in (m, without):
+        assert np.abs(found.cov_xu.numpy() - w @ expected).max() <= 2e-5 * np.abs(w @ expected).max()
+
+
+def test_memory_does_not_grow_with_images():
+    layer = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
+    collector = Collector(layer, gram=True)
+    sizes = []
+    for _ in range(3):
+        x = torch.randn(2, 8, 12, 12)
+        collector.add(x, layer(x))
+        sizes.append(sum(t.numel() for t in collector.moments().tensors().values()))
+    assert len(set(sizes)) == 1
+
+
+def test_the_bound_on_temporaries_holds():
+    """Unfolding in parts: the largest allocation stays below the bound, which the whole batch would exceed."""
+    layer = nn.Conv2d(8, 8, 3, stride=2).requires_grad_(False)
+    x = torch.randn(16, 8, 65, 65)
+    y, bound = layer(x), 2 * 2**20
+    assert bound < 32 * 32 * 16 * 72 * 4
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        Collector(layer, True, bound).add(x, y)
+    assert max(event.cpu_memory_usage for event in profile.events()) <= bound

@@ -5,13 +5,15 @@ from conftest import brute_neuron
 from test_estimators import FITTED
 from torch import nn
 
+from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Pattern
-from pattern_bench.core.moments import Moments
 from pattern_bench.core.quality import Probe, rho
 
 
-def sums(layer, x):
-    return Moments.zeros(layer, True).update_(layer, x, layer(x))
+def sums(layer, x, gram=True):
+    collector = Collector(layer, gram=gram)
+    collector.add(x, layer(x))
+    return collector.moments()
 
 
 def residual(layer, x, pattern, neuron):
@@ -104,4 +106,4 @@ def test_a_covariance_short_of_positive_definite_gets_a_larger_ridge():
 def test_moments_without_gram_have_no_rho():
     layer = nn.Linear(2, 1)
     with pytest.raises(ValueError, match="without the Gram"):
-        Probe(Moments.zeros(layer, False), 1e-6)
+        Probe(sums(layer, torch.randn(9, 2), gram=False), 1e-6)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,15 @@ class Geometry:
     @property
     def pads(self) -> bool:
         return any(before or after for before, after in self.padding)
+
+    def unpadded(self) -> Geometry:
+        """The same for an input whose padding is written out."""
+        return replace(self, padding=tuple((0, 0) for _ in self.padding), padding_mode="zeros")
+
+    @property
+    def pads_as_convolutions_do(self) -> bool:
+        """Whether torch's convolutions take this padding as a number: zeros, as many before as after."""
+        return self.padding_mode == "zeros" and all(before == after for before, after in self.padding)
 
     def output_size(self, padded: tuple[int, ...]) -> tuple[int, ...]:
         """Output positions per spatial dimension for an input that is padded already."""
@@ -80,10 +89,10 @@ def pad(x: Tensor, geometry: Geometry) -> Tensor:
     return F.pad(x, flat, mode=mode)
 
 
-def patches(padded: Tensor, geometry: Geometry) -> Tensor:
-    """Every patch of a padded input: (B, C, spatial...) to (G, B·L, D)."""
+def patches(x: Tensor, geometry: Geometry) -> Tensor:
+    """Every patch of an input: (B, C, spatial...) to (G, B·L, D)."""
     groups, dims = geometry.groups, len(geometry.kernel)
-    view = padded
+    view = pad(x, geometry)
     for i, (k, s, d) in enumerate(zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)):
         view = view.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d]
     b, c = view.shape[:2]
@@ -93,44 +102,43 @@ def patches(padded: Tensor, geometry: Geometry) -> Tensor:
     return view.reshape(groups, -1, c // groups * math.prod(geometry.kernel))
 
 
-def patch_sum(padded: Tensor, geometry: Geometry) -> Tensor:
+def patch_sum(x: Tensor, geometry: Geometry) -> Tensor:
     """Sum of all patches, in float64: (B, C, spatial...) to (G, D)."""
-    total = padded.sum(0, dtype=torch.float64)
-    out = geometry.output_size(tuple(total.shape[1:]))
-    taps = []
-    for tap in itertools.product(*(range(k) for k in geometry.kernel)):
-        window = total
-        for i, (t, o, s, d) in enumerate(zip(tap, out, geometry.stride, geometry.dilation, strict=True)):
-            window = window.narrow(1 + i, t * d, (o - 1) * s + 1)[(slice(None),) * (1 + i) + (slice(None, None, s),)]
-        taps.append(window.reshape(window.shape[0], -1).sum(1))
-    return torch.stack(taps, 1).reshape(geometry.groups, -1)
+    total = pad(x.sum(0, keepdim=True).double(), geometry)[0][..., None]
+    out = geometry.output_size(tuple(total.shape[1:-1]))
+    for k, o, s, d in zip(geometry.kernel, out, geometry.stride, geometry.dilation, strict=True):
+        # The first spatial dimension left becomes a last one of taps.
+        taps = [total[:, t * d : t * d + (o - 1) * s + 1 : s].sum(1) for t in range(k)]
+        total = torch.stack(taps, -1)
+    return total.reshape(geometry.groups, -1)
 
 
-def cross_sum(padded: Tensor, maps: Tensor, geometry: Geometry) -> Tensor:
+def cross_sum(x: Tensor, maps: Tensor, geometry: Geometry) -> Tensor:
     """Sum over images and positions of ``maps ⊗ patch``: the weight gradient of the convolution.
 
     Args:
-        padded: (B, C, spatial...), padding written out.
+        x: (B, C, spatial...).
         maps: (B, M, output spatial...), M a multiple of the groups; map ``m`` belongs to group ``m // (M/G)``.
 
     Returns:
         (M, D).
     """
     if not geometry.kernel:
-        return maps.mT @ padded
-    dims = len(geometry.kernel)
-    shape = (maps.shape[1], padded.shape[1] // geometry.groups, *geometry.kernel)
+        return maps.mT @ x
+    if not geometry.pads_as_convolutions_do:
+        x, geometry = pad(x, geometry), geometry.unpadded()
+    shape = (maps.shape[1], x.shape[1] // geometry.groups, *geometry.kernel)
     gradient = torch.ops.aten.convolution_backward(
         maps,
-        padded,
-        padded.new_empty(1).expand(shape),
+        x,
+        x.new_empty(1).expand(shape),
         None,
         list(geometry.stride),
-        [0] * dims,
+        [before for before, _ in geometry.padding],
         list(geometry.dilation),
         False,
-        [0] * dims,
+        [0] * len(shape[2:]),
         geometry.groups,
         [False, True, False],
     )[1]
-    return gradient.reshape(shape[0], -1)
+    return gradient.flatten(1)

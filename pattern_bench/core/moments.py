@@ -12,10 +12,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pattern_bench.core.layers import Layer, cross_sum, geometry_of, neurons, pad, patch_size, patch_sum, patches
-
-GRAM_CHUNK_BYTES = 256 * 2**20
-
 
 @dataclass
 class Moments:
@@ -38,18 +34,6 @@ class Moments:
     xun: Tensor
     gram: Tensor | None = None
 
-    @classmethod
-    def zeros(cls, layer: Layer, gram: bool) -> Moments:
-        """The empty sum, on the layer's device."""
-        g, n, d = geometry_of(layer).groups, neurons(layer), patch_size(layer)
-
-        def zero(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=layer.weight.device)
-
-        scalars = {name: zero(n) for name in ("g", "ug", "un", "uug", "uun")}
-        crosses = {name: zero(n, d) for name in ("xg", "xug", "xun")}
-        return cls(n=zero(), x=zero(g, d), **scalars, **crosses, gram=zero(g, d, d) if gram else None)
-
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name, for files and reductions."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
@@ -68,39 +52,6 @@ class Moments:
             raise ValueError(f"moments with {sorted(mine)} and with {sorted(others)} do not add up")
         for name, tensor in mine.items():
             tensor.add_(others[name])
-        return self
-
-    def update_(self, layer: Layer, x: Tensor, y: Tensor) -> Moments:
-        """Adds a batch: ``x`` the layer's input, ``y`` its output with bias, before any nonlinearity."""
-        geometry = geometry_of(layer)
-        if not geometry.kernel:
-            x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        positions = tuple(i for i in range(y.ndim) if i != 1)
-        u = y if layer.bias is None else y - layer.bias.view(-1, *[1] * (y.ndim - 2))
-        gate = (y > 0).to(y.dtype)
-        ug = u * gate
-        un = u - ug
-
-        def total(t: Tensor) -> Tensor:
-            return t.sum(positions, dtype=torch.float64)
-
-        self.n += y.numel() // y.shape[1]
-        self.g += total(gate)
-        self.ug += total(ug)
-        self.un += total(un)
-        self.uug += total(ug.square())
-        self.uun += total(un.square())
-        padded = pad(x, geometry)
-        self.x += patch_sum(padded, geometry)
-        self.xg += cross_sum(padded, gate, geometry)
-        self.xug += cross_sum(padded, ug, geometry)
-        self.xun += cross_sum(padded, un, geometry)
-        if self.gram is not None:
-            per_image = y[0, 0].numel() * patch_size(layer) * geometry.groups * padded.element_size()
-            chunk = max(1, GRAM_CHUNK_BYTES // per_image)
-            for part in padded.split(chunk):
-                p = patches(part, geometry)
-                self.gram += p.mT @ p
         return self
 
     # Expectations, float64.

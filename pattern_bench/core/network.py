@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from pattern_bench.core.layers import LAYER_TYPES, Layer
-from pattern_bench.core.moments import Moments
+from pattern_bench.core.collector import Collector
+from pattern_bench.core.layers import LAYER_TYPES
 from pattern_bench.errors import UserError, did_you_mean
 
 
@@ -104,18 +104,17 @@ def select_layers(names: Sequence[str], wanted: str | Sequence[str]) -> list[str
 
 
 @contextmanager
-def collecting(model: nn.Module, moments: Mapping[str, Moments]) -> Iterator[None]:
-    """Within, every forward pass adds each named layer's patches to its moments."""
+def collecting(model: nn.Module, collectors: Mapping[str, Collector]) -> Iterator[None]:
+    """Within, every forward pass adds each named layer's patches to its collector."""
 
-    def watch(total: Moments) -> object:
-        def hook(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            total.update_(layer, inputs[0], output)
+    def watch(collector: Collector) -> Any:
+        def hook(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            collector.add(inputs[0], output)
 
         return hook
 
     handles = [
-        model.get_submodule(name).register_forward_hook(watch(total))  # type: ignore[arg-type]
-        for name, total in moments.items()
+        model.get_submodule(name).register_forward_hook(watch(collector)) for name, collector in collectors.items()
     ]
     try:
         yield

@@ -1,0 +1,170 @@
+"""Streams a layer's inputs and outputs into its moments, at the price of a few forward passes.
+
+Per batch, three convolution weight gradients give all cross-moments (of x with the gate and with the positive and
+the negative part of y; the last is not needed where the Gram matrix is, since Σ x u = (Σ x xᵀ) w), and the
+autocorrelation of the input gives the Gram matrix. The rest follows from identities, because u = wᵀx:
+Σ u g = wᵀ Σ x g and Σ u² g = wᵀ Σ x u g.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pattern_bench.core.gram import Autocorrelation, applies
+from pattern_bench.core.layers import (
+    Layer,
+    cross_sum,
+    geometry_of,
+    neurons,
+    pad,
+    patch_size,
+    patch_sum,
+    patches,
+)
+from pattern_bench.core.moments import Moments
+
+MEMORY = 2**30
+LARGE_MEAN = 10.0
+"""A layer whose input has a channel with a mean above so many deviations is summed about that mean."""
+
+
+class Collector:
+    """Sums of one layer over a stream of batches.
+
+    Products are taken in the precision of the activations, sums over batches in float64. Where the mean of the first
+    batch is large against its deviation, everything is summed about these means and shifted back in float64 at the
+    end, so that no digit is lost to cancellation.
+
+    Args:
+        layer: Conv1d, Conv2d, Conv3d or Linear.
+        gram: whether to sum the Gram matrix too.
+        memory: bytes that the largest temporary of a batch may take; the images of a batch are taken in parts.
+    """
+
+    def __init__(self, layer: Layer, gram: bool, memory: int = MEMORY) -> None:
+        self.layer, self.memory = layer, memory
+        self.geometry = geometry_of(layer)
+        self.groups = self.geometry.groups
+        n, d = neurons(layer), patch_size(layer)
+        like = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
+        self.n = 0
+        self.x = like.new_zeros(self.groups, d)
+        self.g = like.new_zeros(n)
+        self.xg, self.x_fired = like.new_zeros(n, d), like.new_zeros(n, d)
+        self.x_rested = None if gram else like.new_zeros(n, d)
+        self.wants_gram = gram
+        self.gram: Tensor | None = None  # of patches that were unfolded; the others are in lags
+        self.lags: Autocorrelation | None = None
+        self.shift: tuple[Tensor, Tensor] | None = None
+        self.seen = False
+
+    @torch.no_grad()
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Adds a batch: ``x`` the layer's input, ``y`` its output with bias, before any nonlinearity."""
+        if not self.geometry.kernel:
+            x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        if not self.seen:
+            self.seen, self.shift = True, _shift(x, y)
+            if self.shift is not None or self.geometry.padding_mode != "zeros":
+                self.geometry = self.geometry.unpadded()
+        values = 3 * y[0].numel() + 2 * x[0].numel()
+        if self.wants_gram and not applies(self.geometry, x.shape[1], tuple(x.shape[2:])):
+            values += y[0, 0].numel() * self.x.numel()
+        images = max(1, self.memory // (values * x.element_size()))
+        for part, output in zip(x.split(images), y.split(images), strict=True):
+            self._add(part, output)
+
+    def _add(self, x: Tensor, y: Tensor) -> None:
+        if not self.geometry.pads:
+            x = pad(x, geometry_of(self.layer))
+        positive = y > 0
+        if self.shift is None:
+            fired, rested = y.relu(), None if self.x_rested is None else y.clamp(max=0)
+        else:
+            x, y = x - _along(self.shift[0], x), y - _along(self.shift[1], y)
+            fired, rested = y * positive, y * ~positive
+        gate = positive.to(y.dtype)
+        self.n += y.numel() // y.shape[1]
+        self.x += patch_sum(x, self.geometry)
+        self.g += gate.flatten(2).sum(2).sum(0, dtype=torch.float64) if y.ndim > 2 else gate.sum(0)
+        self.xg += cross_sum(x, gate, self.geometry)
+        self.x_fired += cross_sum(x, fired, self.geometry)
+        if self.x_rested is not None and rested is not None:
+            self.x_rested += cross_sum(x, rested, self.geometry)
+        if not self.wants_gram:
+            return
+        if applies(self.geometry, x.shape[1], tuple(x.shape[2:])):
+            if self.lags is None:
+                self.lags = Autocorrelation(self.geometry, x.shape[1], self.x)
+            self.lags.add(x)
+        else:
+            p = patches(x, self.geometry)
+            product = p.mT @ p
+            self.gram = product.double() if self.gram is None else self.gram.add_(product)
+
+    def _whole_gram(self) -> Tensor | None:
+        if not self.wants_gram:
+            return None
+        if self.lags is None:
+            return self.x.new_zeros(*self.x.shape, self.x.shape[1]) if self.gram is None else self.gram.clone()
+        correlated = self.lags.gram()
+        return correlated if self.gram is None else correlated.add_(self.gram)
+
+    def moments(self) -> Moments:
+        """The sums so far, about zero whatever they were taken about."""
+        layer, n = self.layer, self.x.new_tensor(self.n)
+        weight = layer.weight.detach().flatten(1).double()
+        per_neuron = len(weight) // self.groups
+        # What was summed is x - c and y - m, with y = wᵀx + bias; so u = (y - m) + back.
+        c = torch.zeros_like(self.x) if self.shift is None else _patch_of(self.shift[0], layer)
+        back = torch.zeros_like(self.g) if self.shift is None else self.shift[1].double()
+        back = back if layer.bias is None else back - layer.bias.detach().double()
+        about = c.repeat_interleave(per_neuron, 0)
+        x = self.x.repeat_interleave(per_neuron, 0)
+        offset = (weight * about).sum(1)
+        xug = self.x_fired + back[:, None] * self.xg
+        gram = self._whole_gram()
+        if gram is not None:
+            xu = (weight.view(self.groups, -1, weight.shape[1]) @ gram).view_as(weight) + offset[:, None] * x
+            xun = xu - xug
+        if self.x_rested is not None:
+            xun = self.x_rested + back[:, None] * (x - self.xg)
+        ug = (weight * self.xg).sum(1) + offset * self.g
+        un = (weight * x).sum(1) + offset * n - ug
+        xug, xun = xug + about * ug[:, None], xun + about * un[:, None]
+        if gram is not None and self.shift is not None:
+            cross = c[:, :, None] * self.x[:, None, :]
+            gram = gram + cross + cross.mT + n * c[:, :, None] * c[:, None, :]
+        return Moments(
+            n=n,
+            x=self.x + n * c,
+            g=self.g.clone(),
+            ug=ug,
+            un=un,
+            uug=(weight * xug).sum(1),
+            uun=(weight * xun).sum(1),
+            xg=self.xg + about * self.g[:, None],
+            xug=xug,
+            xun=xun,
+            gram=gram,
+        )
+
+
+def _shift(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Means per channel of input and output, where an input's is so large that float32 products would cancel."""
+    axes = [i for i in range(x.ndim) if i != 1]
+    variance, mean = torch.var_mean(x, axes, correction=0)
+    if not (mean.abs() > LARGE_MEAN * variance.sqrt()).logical_and(mean != 0).any():
+        return None
+    return mean.to(x.dtype), y.mean([i for i in range(y.ndim) if i != 1])
+
+
+def _along(channel: Tensor, like: Tensor) -> Tensor:
+    return channel.view(-1, *[1] * (like.ndim - 2))
+
+
+def _patch_of(channel: Tensor, layer: Layer) -> Tensor:
+    """The patch (G, D) of an input that is constant in each channel."""
+    taps = layer.weight[0, 0].numel()
+    return channel.double().repeat_interleave(taps).view(geometry_of(layer).groups, -1)

@@ -1,0 +1,129 @@
+"""The Gram matrix Σ x xᵀ of a layer's patches from autocorrelations, without unfolding a patch.
+
+For stride 1 and dilation 1 the entry for kernel taps i and j is a sum of x[q] x[q + j - i] over the pixels q that
+tap i reaches: it depends on the offset j - i alone, but for the lines at the border that the window never reaches
+at tap i. So the autocorrelation at all offsets (one convolution weight gradient of x with itself; half of the
+offsets, since the others are its transposes), those of the border lines, and of the corners, give the whole matrix.
+They are plain sums too, so they add up over batches and are assembled once, at the end.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from pattern_bench.core.layers import Geometry, cross_sum
+
+SMALL_PATCH = 64
+"""Patches of at most so many values are unfolded: the product is then cheaper than its bookkeeping."""
+
+
+def applies(geometry: Geometry, channels: int, size: tuple[int, ...]) -> bool:
+    """Whether :class:`Autocorrelation` can serve inputs of this spatial ``size``, and is worth it."""
+    if len(geometry.kernel) != 2 or set(geometry.stride + geometry.dilation) != {1} or geometry.kernel == (1, 1):
+        return False
+    if channels // geometry.groups * geometry.kernel[0] * geometry.kernel[1] <= SMALL_PATCH:
+        return False
+    # Lines counted from either border must not meet.
+    return all(n >= 2 * k for n, k in zip(size, geometry.kernel, strict=True))
+
+
+def _unreached(tap: int, kernel: int, before: int, after: int) -> list[int]:
+    """Lines of the image that the window never reaches at ``tap``: 0, 1, ... at the start; -1, -2, ... at the end."""
+    low = max(0, tap - before)
+    high = max(0, kernel - 1 - tap - after)
+    return [*range(low), *range(-high, 0)]
+
+
+def _line_pairs(taps: tuple[int, int], kernel: int, padding: tuple[int, int]) -> list[int]:
+    """The unreached lines whose partner at the offset of ``taps`` = (i, j) is a line of the image too."""
+    i, j = taps
+    return [line for line in _unreached(i, kernel, *padding) if (line + j - i >= 0 if line >= 0 else line + j - i < 0)]
+
+
+class Autocorrelation:
+    """Running autocorrelations of a layer's input.
+
+    Args:
+        geometry: of a layer that :func:`applies`; its padding must be zeros.
+        channels: C, input channels.
+        like: a float64 tensor on the device where the sums shall live.
+
+    ``full`` (C, C/G, kh, 2 kw - 1) holds the sums at row offsets 0 to kh - 1 and column offsets -(kw - 1) to kw - 1;
+    ``row``, ``column`` and ``corner`` the same for single lines, by line (negative: from the end) and offset across.
+    """
+
+    def __init__(self, geometry: Geometry, channels: int, like: Tensor) -> None:
+        self.geometry, self.channels = geometry, channels
+        (self.kh, self.kw), (self.rows, self.columns) = geometry.kernel, geometry.padding
+        row_taps = [(i, j) for i in range(self.kh) for j in range(i, self.kh)]
+        column_taps = list(itertools.product(range(self.kw), repeat=2))
+        self.row_lines = sorted({(r, j - i) for i, j in row_taps for r in _line_pairs((i, j), self.kh, self.rows)})
+        self.column_lines = sorted(
+            {(c, j - i) for i, j in column_taps for c in _line_pairs((i, j), self.kw, self.columns)}
+        )
+        block = (channels, channels // geometry.groups)
+
+        def zero(*offsets: int) -> Tensor:
+            return like.new_zeros(*block, *offsets)
+
+        self.full = zero(self.kh, 2 * self.kw - 1)
+        self.row = {key: zero(1, 2 * self.kw - 1) for key in self.row_lines}
+        self.column = {key: zero(self.kh, 1) for key in self.column_lines}
+        self.corner = {key: zero(1, 1) for key in itertools.product(self.row_lines, self.column_lines)}
+
+    def add(self, x: Tensor) -> None:
+        """Adds a batch of inputs (B, C, H, W), padding not written out."""
+        self.full += self._correlate(x, x, self.kh, self.kw)
+        for (line, offset), total in self.row.items():
+            one = x.select(2, line % x.shape[2])[:, :, None]
+            other = x.select(2, line % x.shape[2] + offset)[:, :, None]
+            total += self._correlate(one, other, 1, self.kw)
+        for (line, offset), total in self.column.items():
+            one = x.select(3, line % x.shape[3])[:, :, :, None]
+            other = x.select(3, line % x.shape[3] + offset)[:, :, :, None]
+            total += self._correlate(one, other, self.kh, 1)
+        for ((r, dr), (c, dc)), total in self.corner.items():
+            row, column = r % x.shape[2], c % x.shape[3]
+            one, other = x[:, :, row, column, None, None], x[:, :, row + dr, column + dc, None, None]
+            total += self._correlate(one, other, 1, 1)
+
+    def _correlate(self, one: Tensor, other: Tensor, kh: int, kw: int) -> Tensor:
+        """Σ one[q] ⊗ other[q + offset], row offsets 0..kh-1 and column offsets -(kw-1)..kw-1: (C, C/G, kh, 2kw-1)."""
+        padded = F.pad(other, (0, 0, 0, kh - 1))
+        offsets = Geometry((kh, 2 * kw - 1), (1, 1), (1, 1), ((0, 0), (kw - 1, kw - 1)), "zeros", self.geometry.groups)
+        # One is the output gradient, so its taps are the offsets.
+        gradient = cross_sum(padded, one, offsets)
+        return gradient.view(self.channels, -1, kh, 2 * kw - 1)
+
+    def gram(self) -> Tensor:
+        """Σ x xᵀ over all patches so far, (G, D, D)."""
+        groups, c = self.geometry.groups, self.channels // self.geometry.groups
+        taps = list(itertools.product(range(self.kh), range(self.kw)))
+        # Offsets first, so that a block is contiguous.
+        full = self.full.permute(2, 3, 0, 1).contiguous()
+        gram = self.full.new_empty(len(taps), len(taps), groups, c, c)
+        for (a, i), (b, j) in itertools.product(enumerate(taps), repeat=2):
+            if j[0] > i[0] or (j[0] == i[0] and j[1] >= i[1]):
+                block = self._block(full, i, j).view(groups, c, c)
+                gram[a, b] = block
+                if a != b:
+                    gram[b, a] = block.mT
+        d = c * len(taps)
+        return gram.permute(2, 3, 0, 4, 1).reshape(groups, d, d)
+
+    def _block(self, full: Tensor, i: tuple[int, int], j: tuple[int, int]) -> Tensor:
+        """The entries of taps i and j, (C, C/G): everything, less the lines that tap i never reaches."""
+        dr, dc = j[0] - i[0], j[1] - i[1]
+        rows = _line_pairs((i[0], j[0]), self.kh, self.rows)
+        columns = _line_pairs((i[1], j[1]), self.kw, self.columns)
+        block = full[dr, dc + self.kw - 1].clone()
+        for r in rows:
+            block -= self.row[r, dr][:, :, 0, dc + self.kw - 1]
+        for c in columns:
+            block -= self.column[c, dc][:, :, dr, 0]
+        for r, c in itertools.product(rows, columns):
+            block += self.corner[(r, dr), (c, dc)][:, :, 0, 0]
+        return block
