@@ -39,12 +39,12 @@ def _save(figure: Figure, path: Path) -> None:
 def draw_rho(rho: pd.DataFrame, path: Path) -> bool:
     """Fig. 3: rho per layer and estimator; points are medians over neurons, bars reach from quartile to quartile.
 
-    One panel per model and data set. Draws nothing, and says so with False, where there is no rho.
+    One panel per model, data set and criterion. Draws nothing, and says so with False, where there is no rho.
     """
     live = rho.dropna(subset=["rho"])
     if live.empty:
         return False
-    panels = list(live.groupby(["model", "data"], sort=False))
+    panels = list(live.groupby(["model", "data", "criterion"], sort=False))
     widths = [max(4.0, min(0.75, 6 / table.layer.nunique() + 0.2) * table.layer.nunique()) for _, table in panels]
     with sns.axes_style("whitegrid"):
         figure, axes = plt.subplots(
@@ -52,7 +52,7 @@ def draw_rho(rho: pd.DataFrame, path: Path) -> bool:
             gridspec_kw={"width_ratios": widths}, layout="constrained",
         )  # fmt: skip
     estimators = ordered(list(live.estimator.unique()))
-    for axis, ((model, data), table) in zip(axes[0], panels, strict=True):
+    for axis, ((model, data, criterion), table) in zip(axes[0], panels, strict=True):
         order = table.sort_values("layer_index").layer.unique().tolist()
         sns.pointplot(
             table, x="layer", y="rho", hue="estimator", order=order, hue_order=estimators,
@@ -60,7 +60,7 @@ def draw_rho(rho: pd.DataFrame, path: Path) -> bool:
             dodge=0.15 * (len(estimators) - 1) or False, linestyle="none", markersize=5, err_kws={"linewidth": 1.6},
             ax=axis, legend=axis is axes[0][-1],
         )  # fmt: skip
-        axis.set(title=f"{model} on {data}", xlabel="layer", ylabel=r"$\rho(S)$")
+        axis.set(title=f"{model} on {data}, criterion {criterion}", xlabel="layer", ylabel=r"$\rho(S)$")
         axis.tick_params(axis="x", labelrotation=90 if len(order) > 8 else 30)
         low = min(0.0, table.groupby(["layer", "estimator"]).rho.quantile(0.25).min())
         axis.set_ylim(bottom=low - 0.02)

@@ -134,7 +134,7 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
     return {
         **names,
         "estimator": estimator.name,
-        "criterion": "all",
+        "criterion": cfg.criterion,
         "probe": cfg.probe.name,
         "layer": OmegaConf.to_container(cfg).get("layer"),  # type: ignore[union-attr]
         "seed": cfg.seed,

@@ -23,10 +23,10 @@ from pattern_bench.core.degradation import area_over_curve, random_ranks
 from pattern_bench.core.estimators import Estimator, Pattern
 from pattern_bench.core.moments import Moments
 from pattern_bench.core.network import canonical, layers_in_order, select_layers
-from pattern_bench.core.quality import Probe, rho
+from pattern_bench.core.quality import CRITERIA, Probe, Target, rho
 from pattern_bench.data.source import Source
 from pattern_bench.data.splits import SPLITS, Split, Unreadable, joined, make_splits
-from pattern_bench.errors import UserError
+from pattern_bench.errors import UserError, did_you_mean
 from pattern_bench.models.source import ModelSource, Training, fingerprint
 from pattern_bench.progress import Bar, LightningBar
 from pattern_bench.results import rho_rows
@@ -56,6 +56,12 @@ class Setup:
     @property
     def names(self) -> dict[str, str]:
         return {"model": self.model_name, "data": self.source.name}
+
+    @property
+    def rho_names(self) -> dict[str, str]:
+        """What the rows of ``rho.csv`` have in common."""
+        how = {"criterion": self.cfg.criterion, "probe": self.cfg.probe.name}
+        return {**self.names, "estimator": self.estimator.name, **how}
 
     @property
     def device(self) -> torch.device:
@@ -134,6 +140,8 @@ def _check_numbers(cfg: DictConfig, source: Source) -> None:
         value = OmegaConf.select(cfg, setting)
         if value is not None and (not isinstance(value, int) or value < least):
             raise UserError(f"{setting}={value} is not possible: give a whole number of at least {least}")
+    if cfg.criterion not in CRITERIA:
+        raise UserError(f"criterion={cfg.criterion} is unknown: {did_you_mean(str(cfg.criterion), CRITERIA)}")
     if not (isinstance(cfg.probe.regularisation, float | int) and 0 < cfg.probe.regularisation < math.inf):
         raise UserError(f"probe.regularisation={cfg.probe.regularisation} is not possible: give a positive number")
 
@@ -248,7 +256,6 @@ def measure_rho(
     bar: Bar,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """rho of every neuron, and the regularisation that each layer needed."""
-    common = {**setup.names, "estimator": setup.estimator.name, "criterion": "all", "probe": setup.cfg.probe.name}
     tables, regularisation = [], {}
     bar.start(len(patterns))
     for layer, pattern in patterns.items():
@@ -258,21 +265,22 @@ def measure_rho(
             fitted = Probe(sums, setup.cfg.probe.regularisation)
         except ValueError as error:
             raise UserError(f"rho of layer {layer}: {error}") from error
-        values = rho(fitted.direction(here), held, here)
+        bias: Any = setup.model.get_submodule(layer).bias
+        target = Target(setup.cfg.criterion, None if bias is None else bias.double().to(setup.device))
+        values = rho(fitted.direction(here, target), held, here, target)
         regularisation[layer] = fitted.regularisation
-        tables.append(rho_rows(layer, setup.all_layers.index(layer), values, pattern.dead, common))
+        tables.append(rho_rows(layer, setup.all_layers.index(layer), values, pattern.dead, setup.rho_names))
         bar.advance(detail=layer)
     return pd.concat(tables, ignore_index=True), regularisation
 
 
 def missing_rho(setup: Setup) -> pd.DataFrame:
     """Rows without rho, for an estimator that has none."""
-    common = {**setup.names, "estimator": setup.estimator.name, "criterion": "all", "probe": setup.cfg.probe.name}
     tables = []
     for layer in setup.layers:
         count = len(setup.weight(layer))
         nothing, alive = torch.full((count,), torch.nan), torch.zeros(count, dtype=torch.bool)
-        tables.append(rho_rows(layer, setup.all_layers.index(layer), nothing, alive, common))
+        tables.append(rho_rows(layer, setup.all_layers.index(layer), nothing, alive, setup.rho_names))
     return pd.concat(tables, ignore_index=True)
 
 

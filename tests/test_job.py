@@ -153,6 +153,13 @@ def test_one_layer_is_measured_alone_and_the_network_not_explained(run_job):
     assert pd.read_csv(one / "degradation.csv").empty
 
 
+def test_the_criterion_is_named_in_the_results_and_changes_them(run_job):
+    tables = {c: pd.read_csv(run_job(*SMALL, f"criterion={c}") / "rho.csv") for c in ("all", "rectified")}
+    for criterion, table in tables.items():
+        assert set(table.criterion) == {criterion}
+    assert (tables["all"].rho - tables["rectified"].rho).abs().mean() > 0.01
+
+
 def test_the_toy_example_finds_the_signal(run_job):
     toy = ["data=toy", "data.samples=50000", "model.training.epochs=3"]
     angles = {name: read(run_job(*toy, f"estimator={name}"))["signal_angle_degrees"] for name in ("a", "w")}
@@ -247,6 +254,7 @@ def test_a_users_mistake_inside_the_job_shows_no_traceback(command):
         (["degradation.steps=17"], "degradation.steps=17 is more than the 16 whole patches"),
         (["degradation.images=0"], "degradation.images=0 is not possible"),
         (["data.batch_size=0"], "data.batch_size=0 is not possible"),
+        (["criterion=some"], "criterion=some is unknown"),
         (["probe.regularisation=-1"], "probe.regularisation=-1 is not possible"),
         (["model=resnet18", "model.weights=null"], "model=resnet18 cannot take data=digits"),
         (["data=folder", "data.root={flat}"], "is trained on class labels"),

@@ -7,7 +7,7 @@ from torch import nn
 
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Pattern
-from pattern_bench.core.quality import Probe, rho
+from pattern_bench.core.quality import CRITERIA, Probe, Target, rho
 
 
 def sums(layer, x, gram=True):
@@ -16,39 +16,48 @@ def sums(layer, x, gram=True):
     return collector.moments()
 
 
-def residual(layer, x, pattern, neuron):
+def residual(layer, x, pattern, neuron, criterion):
     """d and y of one neuron, sample by sample."""
     patch, u, gate = brute_neuron(layer, x, neuron)
     positive, negative = pattern.positive[neuron].numpy(), pattern.negative[neuron].numpy()
     signal = np.where(gate[:, None], positive, negative) * u[:, None]
-    return patch - signal, u
+    return patch - signal, target_of(u, layer, neuron, criterion)
 
 
-def brute_rho(layer, probe_x, test_x, pattern, neuron, ridge):
+def target_of(u, layer, neuron, criterion):
+    y = u if layer.bias is None else u + float(layer.bias[neuron])
+    return y if criterion == "all" else np.maximum(y, 0)
+
+
+def brute_rho(layer, probe_x, test_x, pattern, neuron, ridge, criterion="all"):
     """Least squares on the probe samples (ridge as extra rows), correlation on the test samples."""
-    d, y = residual(layer, probe_x, pattern, neuron)
+    d, y = residual(layer, probe_x, pattern, neuron, criterion)
     d, y = d - d.mean(0), y - y.mean()
     rows = np.sqrt(ridge * len(d)) * np.eye(d.shape[1])
     v = np.linalg.lstsq(np.vstack([d, rows]), np.concatenate([y, np.zeros(len(rows))]), rcond=None)[0]
-    d, y = residual(layer, test_x, pattern, neuron)
+    d, y = residual(layer, test_x, pattern, neuron, criterion)
     return 1 - np.corrcoef(d @ v, y)[0, 1]
 
 
+@pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("estimator", FITTED)
-def test_rho_equals_brute_force_least_squares(layer_and_input, estimator):
+def test_rho_equals_brute_force_least_squares(layer_and_input, estimator, criterion):
     layer, x = layer_and_input
+    if layer.bias is not None:
+        layer.bias.mul_(3)
     torch.manual_seed(1)
     probe_x, test_x = (x.flip(0) + 0.3 * torch.randn_like(x) for _ in range(2))
     fit = sums(layer, x)
     pattern = FITTED[estimator]().fit(layer.weight.flatten(1), fit, torch.Generator().manual_seed(0))
     fitted = Probe(sums(layer, probe_x), 1e-3)
-    values = rho(fitted.direction(pattern), sums(layer, test_x), pattern)
+    target = Target(criterion, layer.bias)
+    values = rho(fitted.direction(pattern, target), sums(layer, test_x), pattern, target)
     diagonal = sums(layer, probe_x).cov_x.diagonal(dim1=1, dim2=2).mean(1)
     per_group = layer.weight.shape[0] // len(diagonal)
     for neuron in range(layer.weight.shape[0]):
         ridge = 1e-3 * float(diagonal[neuron // per_group])
-        expected = brute_rho(layer, probe_x, test_x, pattern, neuron, ridge)
-        assert float(values[neuron]) == pytest.approx(expected, abs=1e-7)
+        expected = brute_rho(layer, probe_x, test_x, pattern, neuron, ridge, criterion)
+        assert float(values[neuron]) == pytest.approx(expected, abs=1e-7, nan_ok=True)
 
 
 def test_rho_is_one_for_the_exact_signal_and_low_for_the_filter():

@@ -16,9 +16,29 @@ from torch import Tensor
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.moments import Moments
 
-CRITERIA = ("all",)
+CRITERIA = ("all", "rectified")
 RHS_BYTES = 512 * 2**20
 LARGEST_REGULARISATION = 1e-2
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which output the residual is asked about.
+
+    ``all``: t = y over all samples, Eq. (1) to the letter. ``rectified``: t = max(y, 0) = u g + b g, what the next
+    layer sees. ``bias`` (N,) is the layer's, None for none.
+    """
+
+    criterion: str = "all"
+    bias: Tensor | None = None
+
+    def weights(self, part: slice, unit: Tensor) -> Tensor:
+        """t as a sum of u g, u (1-g) (both in ``unit``, (n, 1)) and g, up to a constant: (n, 3)."""
+        one, zero = torch.ones_like(unit), torch.zeros_like(unit)
+        if self.criterion == "all":
+            return torch.cat([one, one, zero], 1)
+        bias = zero if self.bias is None else self.bias[part, None].to(unit)
+        return torch.cat([one, zero, bias / unit], 1)
 
 
 @dataclass(frozen=True)
@@ -39,18 +59,25 @@ class _Residual:
         return self.xt - (self.a @ self.zt[:, :, None]).squeeze(2)
 
 
-def _residual(m: Moments, pattern: Pattern, part: slice) -> _Residual:
-    """The criterion ``all``: t = y over all samples."""
+def _residual(m: Moments, pattern: Pattern, part: slice, target: Target) -> _Residual:
     deviation = m.var_u[part].clamp(min=0).sqrt()
     unit = torch.where(deviation > 0, deviation, 1.0)[:, None]
     mean_x = m.mean_x_per_neuron[part]
-    z = torch.stack([m.ug[part], m.un[part]], 1) / m.n / unit
-    xz = torch.stack([m.xug[part], m.xun[part]], 2) / m.n / unit[:, :, None]
-    zz = torch.diag_embed(torch.stack([m.uug[part], m.uun[part]], 1) / m.n / unit.square())
-    p = xz - mean_x[:, :, None] * z[:, None, :]
-    v = zz - z[:, :, None] * z[:, None, :]
+    # z and the gate g, in a row: u g, u (1-g), g.
+    mean = torch.stack([m.ug[part] / unit[:, 0], m.un[part] / unit[:, 0], m.g[part]], 1) / m.n
+    crossed = torch.stack([m.xug[part] / unit, m.xun[part] / unit, m.xg[part]], 2) / m.n
+    second = torch.diag_embed(torch.stack([m.uug[part], m.uun[part]], 1) / m.n / unit.square())
+    second = torch.nn.functional.pad(second, (0, 1, 0, 1))
+    second[:, 2, 2] = mean[:, 2]
+    second[:, 0, 2] = second[:, 2, 0] = mean[:, 0]
+    p = crossed - mean_x[:, :, None] * mean[:, None, :]
+    v = second - mean[:, :, None] * mean[:, None, :]
     a = torch.stack([pattern.positive[part], pattern.negative[part]], 2) * unit[:, :, None]
-    return _Residual(a, p, v, p.sum(2), v.sum(2), v.sum((1, 2)))
+    t = target.weights(part, unit)
+    zt = (v @ t[:, :, None]).squeeze(2)
+    return _Residual(
+        a, p[:, :, :2], v[:, :2, :2], (p @ t[:, :, None]).squeeze(2), zt[:, :2], (zt * t).sum(1).clamp(min=0)
+    )
 
 
 def _slices(m: Moments) -> list[tuple[int, slice]]:
@@ -101,9 +128,11 @@ class Probe:
         factor, info = torch.linalg.cholesky_ex(covariance + torch.diag_embed(ridge))
         return factor, bool(info.any())
 
-    def direction(self, pattern: Pattern) -> Tensor:
+    def direction(self, pattern: Pattern, target: Target = Target()) -> Tensor:
         """v for each neuron, (N, D)."""
-        parts = [self._solve(group, _residual(self.moments, pattern, part)) for group, part in _slices(self.moments)]
+        parts = [
+            self._solve(group, _residual(self.moments, pattern, part, target)) for group, part in _slices(self.moments)
+        ]
         return torch.cat(parts)
 
     def _solve(self, group: int, r: _Residual) -> Tensor:
@@ -119,21 +148,22 @@ class Probe:
         return (ir - iu @ small).squeeze(2)
 
 
-def rho(direction: Tensor, moments: Moments, pattern: Pattern) -> Tensor:
-    """rho(S) of each neuron on a test split: 1 - corr(y, vᵀd) from that split's moments.
+def rho(direction: Tensor, moments: Moments, pattern: Pattern, target: Target = Target()) -> Tensor:
+    """rho(S) of each neuron on a test split: 1 - corr(t, vᵀd) from that split's moments.
 
     Args:
         direction: v (N, D), from :meth:`Probe.direction` on another split.
         moments: sums of the test split, with the Gram matrix.
         pattern: the layer's patterns, (N, D).
+        target: the same as for the direction.
 
     Returns:
-        (N,), NaN where the output does not vary. 1 where v reads nothing at all; above 1 by noise.
+        (N,), NaN where the target does not vary. 1 where v reads nothing at all; above 1 by noise.
     """
     sigma = moments.cov_x
     values = []
     for group, part in _slices(moments):
-        r, v = _residual(moments, pattern, part), direction[part]
+        r, v = _residual(moments, pattern, part, target), direction[part]
         vp = torch.einsum("nd,ndk->nk", v, r.p)
         va = torch.einsum("nd,ndk->nk", v, r.a)
         variance = ((v @ sigma[group]) * v).sum(1) - 2 * (vp * va).sum(1) + torch.einsum("nk,nkl,nl->n", va, r.v, va)
