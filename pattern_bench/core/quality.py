@@ -129,7 +129,7 @@ class Probe:
         return factor, bool(info.any())
 
     def direction(self, pattern: Pattern, target: Target = Target()) -> Tensor:
-        """v for each neuron, (N, D)."""
+        """v for each neuron, (N, D); NaN where the target does not vary, so that there is nothing to fit."""
         parts = [
             self._solve(group, _residual(self.moments, pattern, part, target)) for group, part in _slices(self.moments)
         ]
@@ -145,7 +145,7 @@ class Probe:
         eye, zero = torch.eye(2, dtype=u.dtype, device=u.device).expand(n, 2, 2), u.new_zeros(n, 2, 2)
         inverse_k = torch.cat([torch.cat([-r.v, -eye], 2), torch.cat([-eye, zero], 2)], 1)
         small = torch.linalg.solve(inverse_k + u.mT @ iu, u.mT @ ir)
-        return (ir - iu @ small).squeeze(2)
+        return torch.where(r.tt[:, None] > 0, (ir - iu @ small).squeeze(2), torch.nan)
 
 
 def rho(direction: Tensor, moments: Moments, pattern: Pattern, target: Target = Target()) -> Tensor:
@@ -158,7 +158,8 @@ def rho(direction: Tensor, moments: Moments, pattern: Pattern, target: Target = 
         target: the same as for the direction.
 
     Returns:
-        (N,), NaN where the target does not vary. 1 where v reads nothing at all; above 1 by noise.
+        (N,), NaN where the target does not vary on this split or on v's; 1 where v reads nothing; above 1 by
+        noise.
     """
     sigma = moments.cov_x
     values = []
@@ -170,5 +171,6 @@ def rho(direction: Tensor, moments: Moments, pattern: Pattern, target: Target = 
         covariance = (v * r.dt).sum(1)
         scale = (variance.clamp(min=0) * r.tt.clamp(min=0)).sqrt()
         correlation = torch.where(scale > 0, covariance / scale.where(scale > 0, 1.0), 0.0)
-        values.append(torch.where(r.tt > 0, 1 - correlation, torch.nan))
+        defined = (r.tt > 0) & v.isfinite().all(1)
+        values.append(torch.where(defined, 1 - correlation, torch.nan))
     return torch.cat(values)
