@@ -425,8 +425,9 @@ def split_table(setup: Setup, unreadable: set[str]) -> pd.DataFrame:
 
 
 def output_folder(cfg: DictConfig, folder: Path) -> None:
-    """Checks that results can be written before anything is computed."""
+    """Checks that results can be written before anything is computed, and unmakes the mark of an earlier run's end."""
     try:
+        (folder / "summary.json").unlink(missing_ok=True)
         probe = folder / ".writable"
         probe.write_text("")
         probe.unlink()

@@ -142,6 +142,16 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(run_job, tmp_path
     assert (folder / "summary.json").is_file()
 
 
+def test_a_run_that_failed_is_not_taken_for_complete(configure, run_job, tmp_path):
+    from pattern_bench.job import run
+
+    folder = run_job(*SMALL)
+    assert (folder / "summary.json").is_file()
+    with pytest.raises(UserError):
+        run(configure(*SMALL, "layer=none.such"), folder)
+    assert not (folder / "summary.json").exists()
+
+
 def test_one_layer_is_measured_alone_and_the_network_not_explained(run_job):
     every, one = run_job(*SMALL), run_job(*SMALL, "layer=features.2")
     table = pd.read_csv(one / "rho.csv")
