@@ -31,8 +31,6 @@ def job(cfg: DictConfig) -> None:
 
 def main() -> None:
     """The command line. A mistake of the user's gets a message and exit code 1, anything else a traceback."""
-    # Huge pages spare the large activations most of their page faults; torch reads this when it is imported.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Hydra's own handler would show a traceback for every exception that is not its own.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:

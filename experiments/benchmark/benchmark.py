@@ -7,14 +7,11 @@ taken repeat by repeat against that repeat's forward pass, so that a machine who
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import pandas as pd
 import torch
