@@ -136,7 +136,7 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
         "estimator": estimator.name,
         "criterion": cfg.criterion,
         "probe": cfg.probe.name,
-        "layer": OmegaConf.to_container(cfg).get("layer"),  # type: ignore[union-attr]
+        "layer": stages.layer_setting(cfg),
         "seed": cfg.seed,
         "splits": {name: len(setup.splits[name]) for name in SPLITS},
         "unreadable": sorted(unreadable),

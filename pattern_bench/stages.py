@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
 from pattern_bench.cache import Cache, key_of
@@ -92,7 +92,7 @@ def prepare(cfg: DictConfig, bar: Bar) -> Setup:
     estimator: Estimator = build(cfg.estimator)
     model_source: ModelSource = build(cfg.model)
     source: Source = build(cfg.data)
-    _check_numbers(cfg, source)
+    _check_numbers(cfg)
     splits = make_splits(source, cfg.seed)
     transform = model_source.transform() or source.transform()
     for split in splits.values():
@@ -110,7 +110,7 @@ def prepare(cfg: DictConfig, bar: Bar) -> Setup:
         raise UserError(f"model={model_source.name} has no Conv or Linear layer to examine: choose another model")
     setup = Setup(
         cfg, cache, source, splits, model_source.name, model_source.classifier, built, "", names,
-        select_layers(names, _layer_setting(cfg)), estimator, sample, outputs,
+        select_layers(names, layer_setting(cfg)), estimator, sample, outputs,
     )  # fmt: skip
     if why_no_explanation(setup) is None:
         patch_and_steps(setup)
@@ -126,15 +126,15 @@ def prepare(cfg: DictConfig, bar: Bar) -> Setup:
     return setup
 
 
-def _layer_setting(cfg: DictConfig) -> str | list[str]:
-    layer = OmegaConf.to_container(OmegaConf.create({"layer": cfg.layer}))["layer"]  # type: ignore[index, call-overload]
-    return [str(name) for name in layer] if isinstance(layer, list) else str(layer)
+def layer_setting(cfg: DictConfig) -> str | list[str]:
+    """``cfg.layer`` as plain data."""
+    return [str(name) for name in cfg.layer] if isinstance(cfg.layer, ListConfig) else str(cfg.layer)
 
 
-def _check_numbers(cfg: DictConfig, source: Source) -> None:
+def _check_numbers(cfg: DictConfig) -> None:
     smallest = {
         "explanation.images": 1, "degradation.images": 1, "degradation.patch": 1, "degradation.steps": 1,
-        "data.batch_size": 1, "data.workers": 0,
+        "data.batch_size": 1, "data.workers": 0, "data.limit": 1, "seed": 0,
     }  # fmt: skip
     for setting, least in smallest.items():
         value = OmegaConf.select(cfg, setting)
@@ -142,8 +142,10 @@ def _check_numbers(cfg: DictConfig, source: Source) -> None:
             raise UserError(f"{setting}={value} is not possible: give a whole number of at least {least}")
     if cfg.criterion not in CRITERIA:
         raise UserError(f"criterion={cfg.criterion} is unknown: {did_you_mean(str(cfg.criterion), CRITERIA)}")
-    if not (isinstance(cfg.probe.regularisation, float | int) and 0 < cfg.probe.regularisation < math.inf):
-        raise UserError(f"probe.regularisation={cfg.probe.regularisation} is not possible: give a positive number")
+    for setting in ("probe.regularisation", "moments.memory_gib", "data.fit", "data.probe", "data.validation"):
+        value = OmegaConf.select(cfg, setting)
+        if not (isinstance(value, float | int) and 0 < value < math.inf):
+            raise UserError(f"{setting}={value} is not possible: give a positive number")
 
 
 def _read_all(splits: Mapping[str, Split], bar: Bar) -> None:
