@@ -2,11 +2,14 @@
 
 Per batch, three convolution weight gradients give all cross-moments (of x with the gate and with the positive and
 the negative part of y; the last is not needed where the Gram matrix is, since Σ x u = (Σ x xᵀ) w), and the
-autocorrelation of the input gives the Gram matrix. The rest follows from identities, because u = wᵀx:
+autocorrelation of the input gives the Gram matrix. Where output positions are sampled, their patches are unfolded
+and everything is a matrix product. The rest follows from identities, because u = wᵀx:
 Σ u g = wᵀ Σ x g and Σ u² g = wᵀ Σ x u g.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,18 +18,22 @@ from pattern_bench.core.gram import Autocorrelation, applies
 from pattern_bench.core.layers import (
     Layer,
     cross_sum,
+    draw_positions,
     geometry_of,
     neurons,
     pad,
     patch_size,
     patch_sum,
     patches,
+    patches_at,
 )
 from pattern_bench.core.moments import Moments
 
 MEMORY = 2**30
 LARGE_MEAN = 10.0
 """A layer whose input has a channel with a mean above so many deviations is summed about that mean."""
+LEAST_POSITIONS = 256
+"""Sampling leaves at least so many output positions of an image."""
 
 
 class Collector:
@@ -40,15 +47,21 @@ class Collector:
         layer: Conv1d, Conv2d, Conv3d or Linear.
         gram: whether to sum the Gram matrix too.
         memory: bytes that the largest temporary of a batch may take; the images of a batch are taken in parts.
+        positions: share of each image's output positions to use, drawn at random but at least ``LEAST_POSITIONS``;
+            the sums are scaled, so that they are unbiased estimates of those over all positions.
+        seed: of the positions.
     """
 
-    def __init__(self, layer: Layer, gram: bool, memory: int = MEMORY) -> None:
-        self.layer, self.memory = layer, memory
+    def __init__(
+        self, layer: Layer, gram: bool, memory: int = MEMORY, positions: float = 1.0, seed: int = 0
+    ) -> None:
+        self.layer, self.memory, self.positions = layer, memory, positions
+        self.generator = torch.Generator().manual_seed(seed)
         self.geometry = geometry_of(layer)
         self.groups = self.geometry.groups
         n, d = neurons(layer), patch_size(layer)
         like = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
-        self.n = 0
+        self.n = 0.0
         self.x = like.new_zeros(self.groups, d)
         self.g = like.new_zeros(n)
         self.xg, self.x_fired = like.new_zeros(n, d), like.new_zeros(n, d)
@@ -69,29 +82,30 @@ class Collector:
             if self.shift is not None or self.geometry.padding_mode != "zeros":
                 self.geometry = self.geometry.unpadded()
         values = 3 * y[0].numel() + 2 * x[0].numel()
-        if self.wants_gram and not applies(self.geometry, x.shape[1], tuple(x.shape[2:])):
-            values += y[0, 0].numel() * self.x.numel()
+        drawn = self._drawn(y)
+        if drawn or (self.wants_gram and not applies(self.geometry, x.shape[1], tuple(x.shape[2:]))):
+            values += (drawn or y[0, 0].numel()) * self.x.numel()
         images = max(1, self.memory // (values * x.element_size()))
         for part, output in zip(x.split(images), y.split(images), strict=True):
             self._add(part, output)
+
+    def _drawn(self, y: Tensor) -> int:
+        """Output positions to draw from each image; 0 where all are taken."""
+        there = y[0, 0].numel()
+        count = max(LEAST_POSITIONS, round(self.positions * there))
+        return count if self.positions < 1 and count < there else 0
 
     def _add(self, x: Tensor, y: Tensor) -> None:
         if not self.geometry.pads:
             x = pad(x, geometry_of(self.layer))
         positive = y > 0
-        if self.shift is None:
-            fired, rested = y.relu(), None if self.x_rested is None else y.clamp(max=0)
-        else:
+        if self.shift is not None:
             x, y = x - _along(self.shift[0], x), y - _along(self.shift[1], y)
-            fired, rested = y * positive, y * ~positive
-        gate = positive.to(y.dtype)
-        self.n += y.numel() // y.shape[1]
-        self.x += patch_sum(x, self.geometry)
-        self.g += gate.flatten(2).sum(2).sum(0, dtype=torch.float64) if y.ndim > 2 else gate.sum(0)
-        self.xg += cross_sum(x, gate, self.geometry)
-        self.x_fired += cross_sum(x, fired, self.geometry)
-        if self.x_rested is not None and rested is not None:
-            self.x_rested += cross_sum(x, rested, self.geometry)
+        drawn = self._drawn(y)
+        if drawn:
+            self._add_drawn(x, y, positive, drawn)
+            return
+        self._add_maps(y, positive, patch_sum(x, self.geometry), lambda maps: cross_sum(x, maps, self.geometry))
         if not self.wants_gram:
             return
         if applies(self.geometry, x.shape[1], tuple(x.shape[2:])):
@@ -99,9 +113,44 @@ class Collector:
                 self.lags = Autocorrelation(self.geometry, x.shape[1], self.x)
             self.lags.add(x)
         else:
-            p = patches(x, self.geometry)
-            product = p.mT @ p
-            self.gram = product.double() if self.gram is None else self.gram.add_(product)
+            self._add_gram(patches(x, self.geometry))
+
+    def _add_drawn(self, x: Tensor, y: Tensor, positive: Tensor, count: int) -> None:
+        there = y[0, 0].numel()
+        positions = draw_positions(len(x), there, count, self.generator).to(x.device)
+        scale = there / count
+        p = patches_at(x, self.geometry, positions)
+        # One image of B·M positions, (1, N, B·M).
+        index = positions[:, None].expand(-1, y.shape[1], -1)
+        y, positive = (
+            t.flatten(2).gather(2, index).transpose(0, 1).reshape(1, y.shape[1], -1) for t in (y, positive)
+        )
+
+        def product(maps: Tensor) -> Tensor:
+            return scale * (maps.view(self.groups, -1, maps.shape[2]) @ p).flatten(0, 1)
+
+        self._add_maps(y, positive, scale * p.sum(1, dtype=torch.float64), product, scale)
+        if self.wants_gram:
+            self._add_gram(p, scale)
+
+    def _add_maps(
+        self, y: Tensor, positive: Tensor, x: Tensor, cross: Callable[[Tensor], Tensor], scale: float = 1.0
+    ) -> None:
+        """Adds the sums of patches ``x`` (G, D) and of their products with the maps of the gate, through ``cross``."""
+        gate = positive.to(y.dtype)
+        # About zero, the parts of y above and below are cheaper than products with the gate.
+        fired = y.relu() if self.shift is None else y * gate
+        self.n += scale * (y.numel() // y.shape[1])
+        self.x += x
+        self.g += scale * (gate.flatten(2).sum(2).sum(0, dtype=torch.float64) if y.ndim > 2 else gate.sum(0))
+        self.xg += cross(gate)
+        self.x_fired += cross(fired)
+        if self.x_rested is not None:
+            self.x_rested += cross(y - fired)
+
+    def _add_gram(self, p: Tensor, scale: float = 1.0) -> None:
+        product = (scale * (p.mT @ p)).double()
+        self.gram = product if self.gram is None else self.gram.add_(product)
 
     def _whole_gram(self) -> Tensor | None:
         if not self.wants_gram:

@@ -89,17 +89,40 @@ def pad(x: Tensor, geometry: Geometry) -> Tensor:
     return F.pad(x, flat, mode=mode)
 
 
-def patches(x: Tensor, geometry: Geometry) -> Tensor:
-    """Every patch of an input: (B, C, spatial...) to (G, B·L, D)."""
-    groups, dims = geometry.groups, len(geometry.kernel)
+def _windows(x: Tensor, geometry: Geometry) -> Tensor:
+    """A view of the padded input, (B, C, output spatial..., kernel...)."""
     view = pad(x, geometry)
     for i, (k, s, d) in enumerate(zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)):
         view = view.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d]
+    return view
+
+
+def patches(x: Tensor, geometry: Geometry) -> Tensor:
+    """Every patch of an input: (B, C, spatial...) to (G, B·L, D)."""
+    groups, dims = geometry.groups, len(geometry.kernel)
+    view = _windows(x, geometry)
     b, c = view.shape[:2]
     view = view.reshape(b, groups, c // groups, *view.shape[2:])
     positions, taps = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
     view = view.permute(1, 0, *positions, 2, *taps)
     return view.reshape(groups, -1, c // groups * math.prod(geometry.kernel))
+
+
+def patches_at(x: Tensor, geometry: Geometry, positions: Tensor) -> Tensor:
+    """Some patches of an input: (B, C, spatial...) and flat output positions (B, M) to (G, B·M, D)."""
+    view = _windows(x, geometry)
+    dims = len(geometry.kernel)
+    image = torch.arange(len(x), device=x.device).repeat_interleave(positions.shape[1])
+    where = torch.unravel_index(positions.flatten(), view.shape[2 : 2 + dims])
+    found = view.movedim(1, 1 + dims)[(image, *where)]
+    return found.reshape(len(found), geometry.groups, -1).transpose(0, 1)
+
+
+def draw_positions(images: int, positions: int, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` of ``positions`` for each image, (images, count): one from each of ``count`` equal stretches, so that
+    every position is as likely as any other. The draws do not depend on how images are batched."""
+    within = torch.rand(images, count, generator=generator, dtype=torch.float64)
+    return ((torch.arange(count) + within) * (positions / count)).long().clamp(max=positions - 1)
 
 
 def patch_sum(x: Tensor, geometry: Geometry) -> Tensor:
