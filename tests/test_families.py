@@ -38,7 +38,7 @@ TIMM = {
     "resnetv2_50x1_bit": 0,  # StdConv2d, group norm
     "resnext26ts": 0,  # BatchNormAct2d
     "tf_efficientnet_b0": 0,  # Conv2dSame
-    "tf_mixnet_s": 0,  # Conv2dSame, several kernels in a layer
+    "tf_mixnet_s": 34,  # Conv2dSame, and batch norm of concatenated layers
     "vit_tiny_patch16_224": 0,  # every projection is a Linear module
 }
 
@@ -69,7 +69,15 @@ def randomised(model):
 def from_torchvision(name):
     extra = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     size = 75 if name == "inception_v3" else 64
-    return randomised(models.get_model(name, weights=None, **extra)), torch.randn(2, 3, size, size).double()
+    with torch.device("meta" if name in ("alexnet", "vgg11_bn") else "cpu"):
+        model = models.get_model(name, weights=None, **extra)
+    if name in ("alexnet", "vgg11_bn"):  # whose dense layers would take 1 GB in double precision
+        model.avgpool = nn.AdaptiveAvgPool2d(1)
+        model.classifier[1 if name == "alexnet" else 0] = nn.Linear(256 if name == "alexnet" else 512, 4096)
+        model = model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.05)
+    return randomised(model), torch.randn(2, 3, size, size).double()
 
 
 def from_timm(name):
@@ -92,7 +100,8 @@ def check(model, x):
     wrong, seen = [], []
 
     def hook(layer, inputs, y):
-        p = patches(inputs[0][:1], geometry_of(layer))
+        x = inputs[0][:1].flatten(0, -2) if isinstance(layer, nn.Linear) else inputs[0][:1]
+        p = patches(x, geometry_of(layer))
         u = p @ layer.weight.view(len(p), -1, p.shape[-1]).mT
         channels_last = y[:1] if isinstance(layer, nn.Linear) else y[:1].movedim(1, -1)
         u = u.movedim(0, 1).reshape(channels_last.shape) + (0 if layer.bias is None else layer.bias)
@@ -179,7 +188,7 @@ def conv(**settings):
 def branches(net, x):
     """Traceable by nothing: it looks at values."""
     y = net.norm(net.conv(x))
-    return y.relu() if float(y.sum()) > -1e9 else y
+    return y.relu() if float(y.detach().sum()) > -1e9 else y
 
 
 class Gate(nn.Module):
@@ -205,6 +214,10 @@ FOLDED = {
     "dense": (
         lambda net, x: net.norm(net.fc(x.flatten(1))).relu(),
         lambda: {"fc": nn.Linear(144, 5, bias=False), "norm": nn.BatchNorm1d(5)},
+    ),
+    "dense, without scale": (
+        lambda net, x: net.norm(net.fc(x.flatten(1))).relu(),
+        lambda: {"fc": nn.Linear(144, 5), "norm": nn.BatchNorm1d(5, affine=False)},
     ),
     "without scale": (
         lambda net, x: F.relu_(net.norm(net.conv(x))),
@@ -339,8 +352,12 @@ REFUSED = {
     ),
     "by keyword": (lambda net, x: net.conv(input=x), lambda: {"conv": conv()}, r"layer conv .* 0 positional inputs"),
     "TorchScript": (
-        lambda net, x: net.block(x), lambda: {"block": torch.jit.trace(conv().double(), torch.randn(1, 4, 6, 6).double())},
+        lambda net, x: net.block(x), lambda: {"block": torch.jit.script(conv())},
         r"module block is compiled by TorchScript",
+    ),
+    "without gradient": (
+        lambda net, x: torch.from_numpy(net.conv(x).numpy()), lambda: {"conv": conv()},
+        r"model=Net cannot be run with gradients \(Can't call numpy.*\), which explanations need",
     ),
     "random": (
         lambda net, x: F.dropout(net.conv(x), training=True), lambda: {"conv": conv()},

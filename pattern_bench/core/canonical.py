@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
 from pattern_bench.core.layers import LAYER_TYPES, Layer, PaddedConv2d, geometry_of, pad
@@ -57,8 +57,7 @@ def canonical(model: nn.Module, example: Tensor) -> nn.Module:
         for layer, plain in _rewritten(network, example, name).items():
             _replace(network, layer, plain)
     for layer, norm in _foldable(network, example, name):
-        fuse: Callable[..., nn.Module] = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        _replace(network, layer, fuse(layer, norm))
+        _replace(network, layer, fuse_conv_bn_eval(layer, norm))  # which does for Linear too
         _replace(network, norm, _after(norm))
     network.requires_grad_(False)
     with torch.no_grad():
@@ -126,13 +125,13 @@ def _rewritten(network: nn.Module, example: Tensor, model: str) -> dict[Any, Lay
             raise refuse("is called without a batch dimension")
         if layer not in found:
             hooked = layer._forward_pre_hooks or "weight" not in layer._parameters
-            if not hooked and same(declared(layer, x), output):
+            if not hooked and _declares(layer, x, output):
                 return
             plain = _plain(layer, x)
             if plain is None:
                 raise refuse("computes something else than one convolution or dense layer")
             found[layer] = plain
-        if not same(declared(found[layer], x), output):
+        if not _declares(found[layer], x, output):
             raise refuse("computes another function than the convolution that its weight, bias and settings declare")
 
     handles = [
@@ -150,6 +149,13 @@ def _rewritten(network: nn.Module, example: Tensor, model: str) -> dict[Any, Lay
 
 def _base(layer: nn.Module) -> Any:
     return next(kind for kind in LAYER_TYPES if isinstance(layer, kind))
+
+
+def _declares(layer: Layer, x: Tensor, output: Tensor) -> bool:
+    try:
+        return same(declared(layer, x), output)
+    except RuntimeError:  # an input too small for the kernel, where the layer pads more than it says
+        return False
 
 
 def declared(layer: Layer, x: Tensor) -> Tensor:
@@ -286,6 +292,11 @@ def _foldable(network: nn.Module, example: Tensor, model: str) -> list[tuple[Any
         try:
             with walk:
                 network(image * 1)  # not a leaf, which the network could not change in place
+        except RuntimeError as error:
+            raise UserError(
+                f"model={model} cannot be run with gradients ({str(error).splitlines()[0]}), which explanations need: "
+                "make its forward differentiable"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()

@@ -23,13 +23,13 @@ class TimmModel(ModelSource):
     def __init__(self, *, architecture: str, weights: str | None, **common: Any) -> None:
         super().__init__(weights=weights, **common)
         try:
-            self.timm: Any = importlib.import_module("timm")
+            timm: Any = importlib.import_module("timm")
         except ImportError as error:
             raise UserError(
                 f"model.architecture={architecture} needs the package timm, which cannot be imported ({error}): "
                 "pip install 'pattern_bench[timm]'"
             ) from error
-        known = self.timm.list_models()
+        known = timm.list_models()
         if architecture not in known:
             raise UserError(
                 f"model.architecture={architecture} is no model of timm: {did_you_mean(architecture, known)}"
@@ -39,7 +39,7 @@ class TimmModel(ModelSource):
         self.full_name = architecture
         if weights is None or self.is_file:
             return
-        tags = [name.partition(".")[2] for name in self.timm.list_pretrained(f"{architecture}.*")]
+        tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
         if weights not in ["DEFAULT", *tags] or not tags:
             choices = ", ".join([*(["DEFAULT"] if tags else []), *tags, "a file", "or null for random weights"])
             raise UserError(
@@ -50,13 +50,13 @@ class TimmModel(ModelSource):
             self.full_name = f"{architecture}.{weights}"
 
     def module(self, sample: Tensor, classes: int | None) -> nn.Module:
-        return self.timm.create_model(self.architecture, pretrained=False)
+        return importlib.import_module("timm").create_model(self.architecture, pretrained=False)
 
     def build(self, sample: Tensor, classes: int | None) -> nn.Module:
         if self.weights is None or self.is_file:
             return super().build(sample, classes)
         try:
-            return self.timm.create_model(self.full_name, pretrained=True)
+            return importlib.import_module("timm").create_model(self.full_name, pretrained=True)
         # timm downloads through several libraries, each with errors of its own.
         except Exception as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -68,6 +68,6 @@ class TimmModel(ModelSource):
     def transform(self) -> Callable[[Any], Tensor] | None:
         if self.weights is None:
             return None
-        data = importlib.import_module("timm.data")
-        settings = self.timm.models.get_pretrained_cfg(self.full_name).to_dict()
+        data, models = importlib.import_module("timm.data"), importlib.import_module("timm.models")
+        settings = models.get_pretrained_cfg(self.full_name).to_dict()
         return data.create_transform(**data.resolve_data_config(pretrained_cfg=settings), is_training=False)
