@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from pattern_bench.cache import Cache, key_of
 from pattern_bench.config import build
 from pattern_bench.core.backward import InputTimesGradient, PatternAttribution, PatternNet
+from pattern_bench.core.canonical import canonical
 from pattern_bench.core.degradation import area_over_curve, random_ranks
 from pattern_bench.core.estimators import Estimator, Pattern
 from pattern_bench.core.moments import Moments
-from pattern_bench.core.network import canonical, layers_in_order, select_layers
+from pattern_bench.core.network import layers_in_order, select_layers
 from pattern_bench.core.quality import CRITERIA, Probe, Target, rho
 from pattern_bench.data.source import Source
 from pattern_bench.data.splits import SPLITS, Split, Unreadable, joined, make_splits
@@ -105,7 +106,8 @@ def prepare(cfg: DictConfig, bar: Bar) -> Setup:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     built = model_source.build(sample, pool.classes)
     outputs = _outputs(built, sample, model_source.name, source.name)
-    names = layers_in_order(built, sample[None])
+    network = canonical(built, sample[None])  # before any training, so that what is refused is refused at once
+    names = layers_in_order(network, sample[None])
     if not names:
         raise UserError(f"model={model_source.name} has no Conv or Linear layer to examine: choose another model")
     setup = Setup(
@@ -121,7 +123,8 @@ def prepare(cfg: DictConfig, bar: Bar) -> Setup:
                 "give model.weights=FILE, or images in one subfolder per class"
             )
         _train(setup, model_source.training, bar)
-    setup.model = canonical(built)
+        network = canonical(built, sample[None])
+    setup.model = network
     setup.model_key = fingerprint(setup.model)
     return setup
 

@@ -1,11 +1,10 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 from torchvision import models
 
 from pattern_bench.config import build
-from pattern_bench.core.network import canonical, layers_in_order, select_layers
+from pattern_bench.core.network import layers_in_order, select_layers
 from pattern_bench.errors import UserError
 
 PHOTO, DIGIT = torch.rand(3, 64, 64), torch.rand(1, 8, 8)
@@ -118,26 +117,6 @@ def test_a_pickle_with_code_is_not_run(configure, tmp_path):
 def test_a_class_of_the_users_own(configure):
     overrides = ["model=imported", "model.path=torchvision.models.resnet18", "+model.arguments.num_classes=7"]
     assert built(configure, *overrides)(PHOTO[None].repeat(2, 1, 1, 1)).shape == (2, 7)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "googlenet", "densenet121"])
-def test_folding_batch_norm_keeps_the_outputs_and_the_original(name):
-    torch.manual_seed(0)
-    extra = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
-    model = models.get_model(name, weights=None, **extra).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    x = torch.randn(2, 3, 64, 64)
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    folded = canonical(model)
-    with torch.no_grad():
-        torch.testing.assert_close(folded(x), model(x), rtol=1e-3, atol=1e-4)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-    left = sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    whole = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    assert left == 0 or (name == "densenet121" and left < whole)
 
 
 def test_layers_are_chosen_by_name_list_or_glob(configure):

@@ -9,10 +9,29 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Margins = tuple[tuple[int, int], ...]
+
+
+class PaddedConv2d(nn.Conv2d):
+    """Conv2d that pads ``margins`` zeros, (before, after) per spatial dimension: TensorFlow's "same" padding of a
+    strided layer, for one size of image. The other arguments are those of Conv2d, without its padding."""
+
+    def __init__(self, *arguments: Any, margins: Margins, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.margins = margins
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(pad(x, geometry_of(self)))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, margins={self.margins}"
+
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -54,7 +73,10 @@ def geometry_of(layer: Layer) -> Geometry:
     """The geometry of ``layer``; that of a Linear layer has no spatial dimension."""
     if isinstance(layer, nn.Linear):
         return Geometry((), (), (), (), "zeros", 1)
-    if layer.padding == "same":
+    padding: Margins
+    if isinstance(layer, PaddedConv2d):
+        padding = layer.margins
+    elif layer.padding == "same":
         total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         padding = tuple((t // 2, t - t // 2) for t in total)
     elif layer.padding == "valid":

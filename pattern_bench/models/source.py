@@ -66,6 +66,11 @@ class ModelSource:
         return None
 
 
+def names_a_file(weights: str) -> bool:
+    """Whether ``weights`` is meant as a file rather than the name of pretrained weights."""
+    return Path(weights).suffix != "" or Path(weights).expanduser().exists()
+
+
 def read_weights(file: str) -> dict[str, Tensor]:
     """Tensors by name, from a safetensors file or a state dict; nothing is unpickled but tensors.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from pattern_bench.errors import UserError, did_you_mean
-from pattern_bench.models.source import ModelSource, load_weights, read_weights
+from pattern_bench.models.source import ModelSource, load_weights, names_a_file, read_weights
 
 # What torchvision's own builders set, besides the weights, when they are given weights.
 _WITH_WEIGHTS: dict[str, dict[str, Any]] = {
@@ -43,7 +42,7 @@ class TorchvisionModel(ModelSource):
             )
         self.architecture, self.part = architecture, part
         self.enum = models.get_model_weights(architecture)
-        self.is_file = weights is not None and (Path(weights).suffix != "" or Path(weights).expanduser().exists())
+        self.is_file = weights is not None and names_a_file(weights)
         if weights is not None and not self.is_file and weights != "DEFAULT" and weights not in self.enum.__members__:
             raise UserError(
                 f"model.weights={weights} is neither a file nor weights of {architecture}: "

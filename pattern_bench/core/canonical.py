@@ -1,0 +1,345 @@
+"""The canonical form of a network: plain layers, each with all of its weight in ``weight``, and batch norm folded.
+
+Everything is read off one forward pass of an example image, so no network needs to be traceable: a forward pass
+under a ``TorchFunctionMode`` shows which module called which function on which tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
+
+from pattern_bench.core.layers import LAYER_TYPES, Layer, PaddedConv2d, geometry_of, pad
+from pattern_bench.errors import UserError
+
+TOLERANCE = 1e-3
+"""Outputs that differ by less than this share of the largest are the same: float32 errors add up over depth."""
+
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution", "linear")
+_PRODUCTS = (
+    *_CONVOLUTIONS, "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear", "embedding_bag",
+    "matmul", "__matmul__", "__rmatmul__", "mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "inner",
+    "einsum", "tensordot", "linalg_multi_dot", "multi_dot", "linalg_matmul", "chain_matmul", "linalg_vecdot",
+    "multi_head_attention_forward",
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+)  # fmt: skip
+"""Functions, by name, that sum inputs times weights: where such a weight is learned, neurons are at work."""
+
+
+def canonical(model: nn.Module, example: Tensor) -> nn.Module:
+    """A copy in evaluation mode, without gradients, that computes the same outputs from plain layers.
+
+    Layers whose effective weight is not their ``weight`` parameter (weight standardisation, weight norm) or that pad
+    on their own are written out, and every batch norm that reads exactly what a Conv or Linear layer put out is
+    folded into it, so that the layer's output is the pre-activation that the gate sees.
+
+    Args:
+        model: any network; it is not changed.
+        example: (B, C, spatial...), images of the size that the network is to be used with.
+
+    Raises:
+        UserError: where a layer does more than its declared convolution, where learned weights are multiplied with
+            outside of Conv and Linear modules, or where the copy computes other outputs.
+    """
+    network = _copy(model)
+    name = type(model).__name__
+    with torch.no_grad():
+        expected = network(example)
+        for layer, plain in _rewritten(network, example, name).items():
+            _replace(network, layer, plain)
+    for layer, norm in _foldable(network, example, name):
+        _replace(network, layer, fuse_conv_bn_eval(layer, norm))  # which does for Linear too
+        _replace(network, norm, _after(norm))
+    network.requires_grad_(False)
+    with torch.no_grad():
+        found = network(example)
+    if not same(found, expected):
+        raise UserError(
+            f"model={name} computes other outputs (by up to {float((found - expected).abs().max()):.2g}) once batch "
+            "norm is folded: fold it into its layers before handing the network over, or take randomness out of its "
+            "evaluation mode"
+        )
+    return network
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors agree up to rounding; NaN agrees with NaN."""
+    if found.shape != expected.shape:
+        return False
+    finite = expected[expected.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(found, expected, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        raise UserError(
+            f"model={type(model).__name__}: module {scripted[0] or 'the network itself'} is compiled by TorchScript, "
+            "which hides its layers: give the Python module it was made from"
+        )
+    try:
+        network = copy.deepcopy(model)
+    except RuntimeError as error:  # tensors that are part of an autograd graph, as old-style weight norm leaves
+        raise UserError(
+            f"model={type(model).__name__} cannot be copied ({str(error).splitlines()[0]}): remove what computes its "
+            "weights, for example by torch.nn.utils.remove_weight_norm"
+        ) from error
+    return network.eval().requires_grad_(False)
+
+
+def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts ``new`` wherever ``old`` is registered: a module may go by several names."""
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if module is old:
+            network.set_submodule(name, new)
+
+
+# --- layers whose weight and geometry are not what they declare ---
+
+
+def _rewritten(network: nn.Module, example: Tensor, model: str) -> dict[Any, Layer]:
+    """Plain layers for those that do not compute the convolution of ``weight`` that they declare."""
+    found: dict[Any, Layer] = {}
+
+    def check(name: str, layer: Layer, inputs: tuple[Any, ...], output: Any) -> None:
+        def refuse(why: str) -> UserError:
+            return UserError(
+                f"model={model}: layer {name} ({type(layer).__module__}.{type(layer).__qualname__}) {why}: "
+                f"replace it by a plain nn.{_base(layer).__name__}"
+            )
+
+        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+            raise refuse(f"is called with {len(inputs)} positional inputs instead of one tensor")
+        x = inputs[0]
+        if x.ndim < 2 + len(geometry_of(layer).kernel):
+            raise refuse("is called without a batch dimension")
+        if layer not in found:
+            hooked = layer._forward_pre_hooks or "weight" not in layer._parameters
+            if not hooked and _declares(layer, x, output):
+                return
+            plain = _plain(layer, x)
+            if plain is None:
+                raise refuse("computes something else than one convolution or dense layer")
+            found[layer] = plain
+        if not _declares(found[layer], x, output):
+            raise refuse("computes another function than the convolution that its weight, bias and settings declare")
+
+    handles = [
+        layer.register_forward_hook(lambda layer, x, y, name=name: check(name, layer, x, y))
+        for name, layer in network.named_modules()
+        if isinstance(layer, LAYER_TYPES)
+    ]
+    try:
+        network(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _base(layer: nn.Module) -> Any:
+    return next(kind for kind in LAYER_TYPES if isinstance(layer, kind))
+
+
+def _declares(layer: Layer, x: Tensor, output: Tensor) -> bool:
+    try:
+        return same(declared(layer, x), output)
+    except RuntimeError:  # an input too small for the kernel, where the layer pads more than it says
+        return False
+
+
+def declared(layer: Layer, x: Tensor) -> Tensor:
+    """What the layer's weight, bias and geometry say that it puts out: all that the suite's arithmetic knows of it."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, layer.weight, layer.bias)
+    geometry = geometry_of(layer)
+    convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.kernel) - 1]
+    padded = pad(x, geometry)
+    return convolve(padded, layer.weight, layer.bias, geometry.stride, 0, geometry.dilation, geometry.groups)
+
+
+class _Convolutions(TorchFunctionMode):
+    """Remembers input, weight and bias of every convolution and dense layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, Any]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _name(func) in _CONVOLUTIONS:
+            self.seen.append({**dict(zip(("input", "weight", "bias"), args, strict=False)), **(kwargs or {})})
+        return func(*args, **(kwargs or {}))
+
+
+def _plain(layer: Layer, x: Tensor) -> Layer | None:
+    """A layer of torch's own that uses the weight, bias and padding that ``layer`` used on ``x``."""
+    with _Convolutions() as convolutions:
+        layer.forward(x)
+    if len(convolutions.seen) != 1:
+        return None
+    call = convolutions.seen[0]
+    weight, bias = call["weight"], call.get("bias")
+    plain: Layer
+    with torch.device("meta"):
+        if isinstance(layer, nn.Linear):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias is not None)
+        else:
+            settings: dict[str, Any] = {
+                key: getattr(layer, key)
+                for key in ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups")
+            }
+            settings["bias"] = bias is not None
+            extra = [b - a for a, b in zip(x.shape[2:], call["input"].shape[2:], strict=True)]
+            if isinstance(layer, nn.Conv2d) and any(extra) and not geometry_of(layer).pads:
+                plain = PaddedConv2d(**settings, margins=tuple((e // 2, e - e // 2) for e in extra))
+            else:
+                plain = _base(layer)(**settings, padding=layer.padding, padding_mode=layer.padding_mode)
+    if plain.weight.shape != weight.shape:
+        return None
+    plain.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().clone())
+    return plain.eval().requires_grad_(False)
+
+
+# --- batch norm, and weights outside of layers ---
+
+
+class _Walk(TorchFunctionMode):
+    """One forward pass, watched: which layer's output each norm reads, and who else reads it.
+
+    Refuses products with learned weights outside of layers.
+    """
+
+    def __init__(self, network: nn.Module, image: Tensor, model: str) -> None:
+        super().__init__()
+        self.network, self.image, self.model = network, image, model
+        self.running: list[tuple[str, nn.Module]] = []
+        self.calls: Counter[nn.Module] = Counter()
+        self.readers: Counter[int] = Counter()
+        self.made: dict[int, tuple[Any, Tensor]] = {}  # by id; kept, so that no id is used twice
+        self.norms: list[tuple[Any, Any]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operands = list(_tensors((args, kwargs)))
+        in_layer = any(isinstance(module, LAYER_TYPES) for _, module in self.running)
+        if _name(func) in _PRODUCTS and not in_layer:
+            kernel = [t for t in operands[1:2] if _name(func) in _CONVOLUTIONS and t.requires_grad]
+            if kernel or any(self.learned(t) for t in operands):
+                raise self.refusal(_name(func))
+        output = func(*args, **(kwargs or {}))
+        if next(_tensors(output), None) is not None:  # asking for a size is not reading
+            self.readers.update(id(t) for t in operands if id(t) in self.made)
+        return output
+
+    def learned(self, tensor: Tensor) -> bool:
+        """Whether it depends on parameters alone, and not on the image."""
+        if not tensor.requires_grad or tensor is self.image:
+            return False
+        nodes: list[Any] = [tensor.grad_fn]
+        seen = set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if getattr(node, "variable", None) is self.image:
+                return False
+            nodes += [before for before, _ in node.next_functions]
+        return True
+
+    def refusal(self, function: str) -> UserError:
+        name, module = self.running[-1]
+        return UserError(
+            f"model={self.model}: module {name or 'at the root'} ({type(module).__name__}) multiplies by learned "
+            f"weights in {function}, outside any Conv or Linear module, so its neurons would be left out: rewrite "
+            "it with nn.Conv1d, nn.Conv2d, nn.Conv3d or nn.Linear modules, or choose another model"
+        )
+
+    def enter(self, name: str, module: nn.Module) -> None:
+        self.running.append((name, module))
+        self.calls[module] += 1
+
+    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self.running.pop()
+        if isinstance(module, LAYER_TYPES):
+            self.made[id(output)] = module, output
+        elif isinstance(module, _BatchNorm) and inputs:
+            self.norms.append((module, inputs[0]))
+
+
+def _foldable(network: nn.Module, example: Tensor, model: str) -> list[tuple[Any, Any]]:
+    """(layer, batch norm) pairs where the norm is the only reader of the layer's output; each used once."""
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    with torch.enable_grad():
+        image = example.detach().clone().requires_grad_()
+        walk = _Walk(network, image, model)
+        handles = []
+        for name, module in network.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda m, _, name=name: walk.enter(name, m), prepend=True))
+            handles.append(module.register_forward_hook(walk.leave, always_call=True))
+        try:
+            with walk:
+                network(image * 1)  # not a leaf, which the network could not change in place
+        except RuntimeError as error:
+            raise UserError(
+                f"model={model} cannot be run with gradients ({str(error).splitlines()[0]}), which explanations need: "
+                "make its forward differentiable"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+    network.requires_grad_(False)
+    pairs = []
+    for norm, x in walk.norms:
+        layer, y = walk.made.get(id(x), (None, None))
+        if (
+            layer is not None
+            and y is not None
+            and y is x
+            and walk.readers[id(y)] == 1
+            and walk.calls[layer] == walk.calls[norm] == 1
+            and _normalises(norm, layer, y.detach())
+        ):
+            pairs.append((layer, norm))
+    return pairs
+
+
+def _normalises(norm: Any, layer: Layer, x: Tensor) -> bool:
+    """Whether ``norm`` scales and shifts each of the layer's neurons by constants, and then does what follows."""
+    if norm.running_mean is None or (isinstance(layer, nn.Linear) and x.ndim != 2):
+        return False
+    with torch.no_grad():
+        normed = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        return same(_after(norm)(normed), norm(x))
+
+
+def _after(norm: nn.Module) -> nn.Module:
+    """What remains of a folded norm: its activation, where it has one, as timm's do."""
+    children = OrderedDict(norm.named_children())
+    return nn.Sequential(children) if children else nn.Identity()
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", "")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
