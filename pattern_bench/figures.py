@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pattern_bench.files import write_file
-from pattern_bench.results import ESTIMATORS, ordered
+from pattern_bench.results import ESTIMATORS, ordered, standard_errors
 
 DPI = 200
 LABELS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
@@ -36,15 +36,16 @@ def _save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_rho(rho: pd.DataFrame, path: Path) -> bool:
-    """Fig. 3: rho per layer and estimator; points are medians over neurons, bars reach from quartile to quartile.
+def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame) -> bool:
+    """Fig. 3: rho per layer and estimator; points are medians over neurons, bars reach from quartile to quartile, and
+    black caps one standard error of the median up and down where images were drawn again.
 
-    One panel per model, data set and criterion. Draws nothing, and says so with False, where there is no rho.
+    One panel per model, data set, criterion and probe. Draws nothing, and says so with False, where there is no rho.
     """
     live = rho.dropna(subset=["rho"])
     if live.empty:
         return False
-    panels = list(live.groupby(["model", "data", "criterion"], sort=False))
+    panels = list(live.groupby(["model", "data", "criterion", "probe"], sort=False))
     widths = [max(4.0, min(0.75, 6 / table.layer.nunique() + 0.2) * table.layer.nunique()) for _, table in panels]
     with sns.axes_style("whitegrid"):
         figure, axes = plt.subplots(
@@ -52,15 +53,27 @@ def draw_rho(rho: pd.DataFrame, path: Path) -> bool:
             gridspec_kw={"width_ratios": widths}, layout="constrained",
         )  # fmt: skip
     estimators = ordered(list(live.estimator.unique()))
-    for axis, ((model, data, criterion), table) in zip(axes[0], panels, strict=True):
+    dodge = 0.15
+    for axis, ((model, data, criterion, probe), table) in zip(axes[0], panels, strict=True):
         order = table.sort_values("layer_index").layer.unique().tolist()
         sns.pointplot(
             table, x="layer", y="rho", hue="estimator", order=order, hue_order=estimators,
             palette=_palette(estimators), estimator="median", errorbar=("pi", 50),
-            dodge=0.15 * (len(estimators) - 1) or False, linestyle="none", markersize=5, err_kws={"linewidth": 1.6},
+            dodge=dodge * (len(estimators) - 1) or False, linestyle="none", markersize=5, err_kws={"linewidth": 1.6},
             ax=axis, legend=axis is axes[0][-1],
         )  # fmt: skip
-        axis.set(title=f"{model} on {data}, criterion {criterion}", xlabel="layer", ylabel=r"$\rho(S)$")
+        if len(bootstrap):
+            chosen = bootstrap.query(
+                "model == @model and data == @data and criterion == @criterion and probe == @probe"
+            )
+            errors = standard_errors(chosen, ["layer", "estimator"])["median"]
+            medians = table.groupby(["layer", "estimator"]).rho.median()
+            for layer, estimator in errors.index.intersection(medians.index):
+                place = order.index(layer) + dodge * (estimators.index(estimator) - (len(estimators) - 1) / 2)
+                axis.errorbar(place, medians[layer, estimator], yerr=errors[layer, estimator], color="black",
+                              linewidth=0.8, capsize=2.5, zorder=5)  # fmt: skip
+        by = "" if probe == "closed_form" else f", probe {probe}"
+        axis.set(title=f"{model} on {data}, criterion {criterion}{by}", xlabel="layer", ylabel=r"$\rho(S)$")
         axis.tick_params(axis="x", labelrotation=90 if len(order) > 8 else 30)
         low = min(0.0, table.groupby(["layer", "estimator"]).rho.quantile(0.25).min())
         axis.set_ylim(bottom=low - 0.02)

@@ -10,11 +10,12 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from pattern_bench import figures, results, stages
+from pattern_bench import criterion, figures, results, stages
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.data.splits import SPLITS
 from pattern_bench.files import write_file, write_tensors
 from pattern_bench.progress import Stages
+from pattern_bench.streams import Seen
 from pattern_bench.tracking import Tracker
 
 
@@ -60,17 +61,21 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
         accuracy["skipped"] = reason
     results.write_json(folder / "accuracy.json", accuracy)
 
+    def meet(seen: Seen) -> None:
+        if fresh := [name for name in seen.unreadable if name not in unreadable]:
+            some = ", ".join(fresh[:5]) + (" …" if len(fresh) > 5 else "")
+            shown.console.print(f"{len(fresh)} images cannot be read and are left out: {some}")
+            unreadable.update(fresh)
+
     def collect(split: str, name: str, title: str, gram: bool) -> Any:
         with shown.run(name, title) as bar:
             moments, seen = stages.collect(setup, split, gram, bar)
-        if seen.unreadable:
-            some = ", ".join(seen.unreadable[:5]) + (" …" if len(seen.unreadable) > 5 else "")
-            shown.console.print(f"{len(seen.unreadable)} images cannot be read and are left out: {some}")
-            unreadable.update(seen.unreadable)
+        meet(seen)
         return moments
 
     patterns: dict[str, Pattern] = {}
-    regularisation: dict[str, float] = {}
+    how: dict[str, Any] = {}
+    bootstrap = pd.DataFrame()
     if estimator.has_pattern:
         fit = collect("fit", "fit_patterns", "fit patterns on the first half", gram=False)
         patterns = stages.fit_patterns(setup, fit)
@@ -81,20 +86,38 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
             {**names, "estimator": estimator.name, "split": "fit", "images": str(len(setup.splits["fit"])),
              "seed": str(cfg.seed), "model_fingerprint": setup.model_key},
         )  # fmt: skip
-        probe = collect("probe", "fit_probe", "fit v on the second half", gram=True)
-        test = collect("validation", "validation_moments", "moments of the validation images", gram=True)
-        with shown.run("rho", "ρ(S) of every neuron") as bar:
-            rho, regularisation = stages.measure_rho(setup, patterns, probe, test, bar)
+        tables = []
+        if "closed_form" in criterion.probes(setup):
+            probe = collect("probe", "fit_probe", "fit v on the second half", gram=True)
+            test = collect("validation", "validation_moments", "moments of the validation images", gram=True)
+            with shown.run("rho", "ρ(S) of every neuron") as bar:
+                table, how["regularisation"] = criterion.closed_form(setup, patterns, probe, test, bar)
+            tables.append(table)
+        if "sgd" in criterion.probes(setup):
+            with shown.run("fit_readers", "fit v on the second half by descent") as bar:
+                readers, how["descent"], met = criterion.descent(setup, patterns, folder, bar)
+            meet(met)
+            with shown.run("read", "ρ(S) of every neuron, by descent") as bar:
+                table, met = criterion.measure_readers(setup, patterns, readers, bar)
+            meet(met)
+            tables.append(table)
+        rho = pd.concat(tables, ignore_index=True)
+        if cfg.probe.name == "both":
+            how["probe_difference"] = criterion.difference(rho)
+        if cfg.bootstrap.resamples:
+            with shown.run("bootstrap", "ρ(S) of images drawn again") as bar:
+                bootstrap = criterion.bootstrap(setup, bar)
+            results.write_csv(folder / "bootstrap.csv", bootstrap)
     else:
         shaped = {}
-        rho = stages.missing_rho(setup)
+        rho = criterion.missing_rho(setup)
         why = estimator.no_pattern_reason
         for name, title in (("fit_patterns", "fit patterns on the first half"), ("rho", "ρ(S) of every neuron")):
             shown.skip(name, title, why)
         write_tensors(folder / "patterns.safetensors", {}, {**names, "estimator": estimator.name, "reason": why})
     results.write_csv(folder / "rho.csv", rho)
     results.write_csv(folder / "splits.csv", stages.split_table(setup, unreadable))
-    rho_summary = results.summarise_rho(rho)
+    rho_summary = results.summarise_rho(rho[rho.probe == criterion.probes(setup)[0]], bootstrap)
     tracker.metrics(
         {
             f"rho/{layer['layer']}/{figure}": layer[figure]
@@ -104,7 +127,7 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
         }
     )
     tracker.table("rho", rho)
-    if figures.draw_rho(rho, folder / "rho.png"):
+    if figures.draw_rho(rho, folder / "rho.png", bootstrap):
         tracker.image("figures/rho", folder / "rho.png")
 
     areas: dict[str, float] = {}
@@ -140,7 +163,7 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
         "seed": cfg.seed,
         "splits": {name: len(setup.splits[name]) for name in SPLITS},
         "unreadable": sorted(unreadable),
-        "regularisation": regularisation,
+        **how,
         "rho": rho_summary,
         "patch": patch,
         "steps": steps,

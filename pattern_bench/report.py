@@ -15,7 +15,14 @@ import pandas as pd
 
 from pattern_bench.errors import UserError
 from pattern_bench.files import write_file
-from pattern_bench.results import DEGRADATION_COLUMNS, RHO_COLUMNS, ordered, write_csv
+from pattern_bench.results import (
+    BOOTSTRAP_COLUMNS,
+    DEGRADATION_COLUMNS,
+    RHO_COLUMNS,
+    ordered,
+    standard_errors,
+    write_csv,
+)
 
 CELL = ["model", "data", "criterion", "probe", "layer", "estimator"]
 CURVE = ["model", "data", "estimator", "method"]
@@ -31,6 +38,7 @@ class Run:
     summary: dict[str, Any]
     rho: pd.DataFrame
     degradation: pd.DataFrame
+    bootstrap: pd.DataFrame
 
 
 def find_runs(folders: Sequence[str]) -> list[Run]:
@@ -56,12 +64,16 @@ def _read(folder: Path) -> Run:
         summary = json.loads((folder / "summary.json").read_text())
         rho = pd.read_csv(folder / "rho.csv", dtype={"layer": str})
         degradation = pd.read_csv(folder / "degradation.csv")
+        file = folder / "bootstrap.csv"
+        bootstrap = (
+            pd.read_csv(file, dtype={"layer": str}) if file.is_file() else pd.DataFrame(columns=BOOTSTRAP_COLUMNS)
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"the run in {folder} is damaged ({error}): remove it or run it again") from error
-    for table, columns in ((rho, RHO_COLUMNS), (degradation, DEGRADATION_COLUMNS)):
+    for table, columns in ((rho, RHO_COLUMNS), (degradation, DEGRADATION_COLUMNS), (bootstrap, BOOTSTRAP_COLUMNS)):
         if lacking := [column for column in columns if column not in table.columns]:
             raise UserError(f"the run in {folder} lacks columns {lacking}: run it again with this version")
-    return Run(folder, (folder / "summary.json").stat().st_mtime, summary, rho, degradation)
+    return Run(folder, (folder / "summary.json").stat().st_mtime, summary, rho, degradation, bootstrap)
 
 
 def merged(tables: Sequence[pd.DataFrame], key: list[str]) -> tuple[pd.DataFrame, int]:
@@ -78,8 +90,20 @@ def merged(tables: Sequence[pd.DataFrame], key: list[str]) -> tuple[pd.DataFrame
     return kept, len(every.groupby([*key, "_run"])) - len(kept.groupby(key))
 
 
-def rho_table(rho: pd.DataFrame) -> pd.DataFrame:
-    """Fig. 3 as a table: mean, median and quartiles of rho over the live neurons of each layer and estimator."""
+def current_bootstrap(runs: Sequence[Run]) -> pd.DataFrame:
+    """Resamples of each cell from the run whose rho is the latest; none where that run drew none."""
+    tables: list[pd.DataFrame] = []
+    done: set[Any] = set()
+    for run in reversed(runs):
+        cells = pd.MultiIndex.from_frame(run.bootstrap[CELL].astype(str))
+        tables.append(run.bootstrap[~cells.isin(done)])
+        done |= set(pd.MultiIndex.from_frame(run.rho[CELL].drop_duplicates().astype(str)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def rho_table(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> pd.DataFrame:
+    """Fig. 3 as a table: mean, median and quartiles of rho over the live neurons of each layer and estimator; with
+    standard errors of mean and median where images were drawn again."""
     keys = ["model", "data", "criterion", "probe", "layer_index", "layer", "estimator"]
     rank = {name: place for place, name in enumerate(ordered(rho.estimator))}
     groups = rho.groupby(keys, sort=True)
@@ -93,6 +117,8 @@ def rho_table(rho: pd.DataFrame) -> pd.DataFrame:
             "dead": groups.dead.sum(),
         }
     )
+    if len(bootstrap):
+        table = table.join(standard_errors(bootstrap, keys).add_prefix("standard_error_"))
     table = table.sort_index(key=lambda level: level.map(rank) if level.name == "estimator" else level)
     return table.reset_index().drop(columns="layer_index")
 
@@ -137,6 +163,7 @@ def report(folders: Sequence[str], output: Path) -> list[str]:
     runs = find_runs(folders)
     rho, replaced = merged([run.rho for run in runs], CELL)
     degradation, replaced_curves = merged([run.degradation for run in runs], CURVE)
+    bootstrap = current_bootstrap(runs)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -146,9 +173,9 @@ def report(folders: Sequence[str], output: Path) -> list[str]:
         said.append(f"{replaced} cells and {replaced_curves} curves of earlier runs replaced by later ones")
     from pattern_bench.figures import draw_degradation, draw_rho
 
-    write_table(rho_table(rho), output / "fig3")
+    write_table(rho_table(rho, bootstrap), output / "fig3")
     drawn = ["fig3.csv", "fig3.md", "fig3.tex"]
-    if draw_rho(rho, output / "fig3.png"):
+    if draw_rho(rho, output / "fig3.png", bootstrap):
         drawn.append("fig3.png")
     if len(degradation):
         write_table(degradation_table(degradation), output / "fig4a")

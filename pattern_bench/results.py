@@ -23,6 +23,9 @@ RHO_COLUMNS = (
 DEGRADATION_COLUMNS = (
     "model", "data", "estimator", "method", "step", "probability_mean", "probability_std", "n",
 )  # fmt: skip
+BOOTSTRAP_COLUMNS = (
+    "model", "data", "layer", "layer_index", "estimator", "criterion", "probe", "resample", "mean", "median",
+)  # fmt: skip
 SPLIT_COLUMNS = ("split", "index", "name", "label", "used")
 ESTIMATORS = ("random", "x", "w", "a", "a_plus_minus")
 PACKAGES = (
@@ -77,8 +80,9 @@ def pattern_tensors(patterns: Mapping[str, Pattern]) -> dict[str, Tensor]:
     }
 
 
-def summarise_rho(rho: pd.DataFrame) -> dict[str, Any]:
-    """Mean, median and quartiles over the live neurons, of each layer and of all together."""
+def summarise_rho(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> dict[str, Any]:
+    """Mean, median and quartiles over the live neurons, of each layer and of all together; with the standard errors
+    of each layer's mean and median where images were drawn again (else ``bootstrap`` is empty)."""
 
     def figures(table: pd.DataFrame) -> dict[str, Any]:
         live = table.rho.dropna()
@@ -95,7 +99,17 @@ def summarise_rho(rho: pd.DataFrame) -> dict[str, Any]:
     layers = [
         {"layer": layer, **figures(table)} for (_, layer), table in rho.groupby(["layer_index", "layer"], sort=True)
     ]
+    if len(bootstrap):
+        errors = standard_errors(bootstrap, ["layer"])
+        for layer in layers:
+            found = errors.loc[layer["layer"]]
+            layer["standard_error"] = {name: _number(found[name]) for name in ("mean", "median")}
     return {"all": figures(rho), "layers": layers}
+
+
+def standard_errors(bootstrap: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Spread over the resamples of each layer's ``mean`` and ``median``."""
+    return bootstrap.groupby(keys)[["mean", "median"]].std()
 
 
 def _number(value: Any) -> float | None:

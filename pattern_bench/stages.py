@@ -14,6 +14,7 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from pattern_bench.cache import Cache, key_of
@@ -24,13 +25,12 @@ from pattern_bench.core.degradation import area_over_curve, random_ranks
 from pattern_bench.core.estimators import Estimator, Pattern
 from pattern_bench.core.moments import Moments
 from pattern_bench.core.network import layers_in_order, select_layers
-from pattern_bench.core.quality import CRITERIA, Probe, Target, rho
+from pattern_bench.core.quality import CLOSED_FORM, CRITERIA
 from pattern_bench.data.source import Source
 from pattern_bench.data.splits import SPLITS, Split, Unreadable, joined, make_splits
 from pattern_bench.errors import UserError, did_you_mean
 from pattern_bench.models.source import ModelSource, Training, fingerprint
 from pattern_bench.progress import Bar, LightningBar
-from pattern_bench.results import rho_rows
 from pattern_bench.streams import AccuracyStream, DegradationStream, Learner, MomentStream, Seen, fast_layout
 
 MOMENTS_VERSION = 2
@@ -59,28 +59,37 @@ class Setup:
         return {"model": self.model_name, "data": self.source.name}
 
     @property
-    def rho_names(self) -> dict[str, str]:
-        """What the rows of ``rho.csv`` have in common."""
-        how = {"criterion": self.cfg.criterion, "probe": self.cfg.probe.name}
-        return {**self.names, "estimator": self.estimator.name, **how}
-
-    @property
     def device(self) -> torch.device:
         return self.trainer().strategy.root_device
 
-    def trainer(self, bar: Bar | None = None, **settings: Any) -> pl.Trainer:
+    def trainer(self, bar: Bar | None = None, *callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
         return build(
             self.cfg.trainer,
             logger=False,
-            enable_checkpointing=False,
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[] if bar is None else [LightningBar(bar)],
+            callbacks=[*([] if bar is None else [LightningBar(bar)]), *callbacks],
             **settings,
         )
 
-    def loader(self, split: Split) -> torch.utils.data.DataLoader:
-        return split.loader(self.source.batch_size, self.source.workers)
+    def loader(self, split: Split, shuffle: bool = False) -> torch.utils.data.DataLoader:
+        return split.loader(self.source.batch_size, self.source.workers, shuffle)
+
+    def seed(self, layer: str) -> int:
+        """A seed of its own for what is drawn for a layer."""
+        digest = hashlib.sha256(f"{self.cfg.seed} {layer}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+    @property
+    def memory(self) -> int:
+        """Bytes that temporaries may take."""
+        return round(self.cfg.moments.memory_gib * 2**30)
+
+    def pieces(self, split: str) -> list[Split]:
+        """What moments are kept of: the whole split, or its chunks where they will be drawn again."""
+        whole = self.splits[split]
+        return whole.chunks(self.cfg.bootstrap.chunks) if self.cfg.bootstrap.resamples else [whole]
 
     def weight(self, layer: str) -> Tensor:
         """(N, D), float64."""
@@ -95,6 +104,7 @@ def prepare(cfg: DictConfig, bar: Bar) -> Setup:
     source: Source = build(cfg.data)
     _check_numbers(cfg)
     splits = make_splits(source, cfg.seed)
+    _check_bootstrap(cfg, cache, splits)
     transform = model_source.transform() or source.transform()
     for split in splits.values():
         split.transform = transform
@@ -137,7 +147,8 @@ def layer_setting(cfg: DictConfig) -> str | list[str]:
 def _check_numbers(cfg: DictConfig) -> None:
     smallest = {
         "explanation.images": 1, "degradation.images": 1, "degradation.patch": 1, "degradation.steps": 1,
-        "data.batch_size": 1, "data.workers": 0, "data.limit": 1, "seed": 0,
+        "data.batch_size": 1, "data.workers": 0, "data.limit": 1, "seed": 0, "probe.steps": 1, "probe.patience": 1,
+        "bootstrap.resamples": 0, "bootstrap.chunks": 2,
     }  # fmt: skip
     for setting, least in smallest.items():
         value = OmegaConf.select(cfg, setting)
@@ -145,10 +156,43 @@ def _check_numbers(cfg: DictConfig) -> None:
             raise UserError(f"{setting}={value} is not possible: give a whole number of at least {least}")
     if cfg.criterion not in CRITERIA:
         raise UserError(f"criterion={cfg.criterion} is unknown: {did_you_mean(str(cfg.criterion), CRITERIA)}")
-    for setting in ("probe.regularisation", "moments.memory_gib", "data.fit", "data.probe", "data.validation"):
-        value = OmegaConf.select(cfg, setting)
+    for setting in (
+        "probe.regularisation", "probe.learning_rate", "moments.memory_gib", "moments.positions", "data.fit",
+        "data.probe", "data.validation",
+    ):  # fmt: skip
+        value = OmegaConf.select(cfg, setting, default=1.0)
         if not (isinstance(value, float | int) and 0 < value < math.inf):
             raise UserError(f"{setting}={value} is not possible: give a positive number")
+    if cfg.moments.positions > 1:
+        raise UserError(f"moments.positions={cfg.moments.positions} is no share: give up to 1.0, which is exact")
+    if cfg.criterion not in CLOSED_FORM and cfg.probe.name != "sgd":
+        raise UserError(
+            f"criterion={cfg.criterion} has no closed form, since every neuron has samples of its own: give "
+            f"probe=sgd, or a criterion of {', '.join(CLOSED_FORM)}"
+        )
+    if cfg.bootstrap.resamples == 1:
+        raise UserError("bootstrap.resamples=1 has no spread: give 0 for no bootstrap, or at least 2")
+    if cfg.bootstrap.resamples and cfg.probe.name == "sgd":
+        raise UserError(
+            "bootstrap.resamples needs the closed form, which the moments of chunks are enough for: give "
+            "probe=closed_form or probe=both, or bootstrap.resamples=0"
+        )
+
+
+def _check_bootstrap(cfg: DictConfig, cache: Cache, splits: Mapping[str, Split]) -> None:
+    if not cfg.bootstrap.resamples:
+        return
+    fewest = min(len(split) for split in splits.values())
+    if cfg.bootstrap.chunks > fewest:
+        raise UserError(
+            f"bootstrap.chunks={cfg.bootstrap.chunks} is more than the {fewest} images of the smallest split: give "
+            "fewer chunks, or more images"
+        )
+    if not cache.writable:
+        raise UserError(
+            f"bootstrap.resamples keeps the moments of chunks in cache.dir={cfg.cache.dir}, which cannot be written: "
+            "choose another cache.dir"
+        )
 
 
 def _read_all(splits: Mapping[str, Split], bar: Bar) -> None:
@@ -204,40 +248,78 @@ def _train(setup: Setup, training: Training, bar: Bar) -> None:
 
 def collect(setup: Setup, split: str, gram: bool, bar: Bar) -> tuple[dict[str, Moments], Seen]:
     """Moments of the selected layers over a split; only those that no earlier job left in the cache are computed."""
-    images = setup.splits[split]
-    shared = {"version": MOMENTS_VERSION, "model": setup.model_key, "images": images.fingerprint}
-    keys = {layer: key_of(**shared, layer=layer, gram=gram) for layer in setup.layers}
-    with setup.cache.lock("moments", key_of(**shared)):
+    total: dict[str, Moments] = {}
+    seen = Seen()
+    pieces = setup.pieces(split)
+    bar.start(sum(len(setup.loader(piece)) for piece in pieces))
+    for piece in pieces:
+        moments, met = _collect_piece(setup, piece, gram, bar)
+        total = {layer: total[layer].add_(sums) for layer, sums in moments.items()} if total else moments
+        seen.images, seen.unreadable = seen.images + met.images, seen.unreadable + met.unreadable
+    if seen.images < 2:
+        raise UserError(
+            f"only {seen.images} of the {len(setup.splits[split])} images of the {split} split can be read: "
+            "mend the files, or ask for more images (data.limit, data.fit, data.probe, data.validation)"
+        )
+    return total, seen
+
+
+def _moments_keys(setup: Setup, piece: Split, gram: bool) -> tuple[str, dict[str, str]]:
+    """The name of a piece's lock, and of each layer's entry."""
+    shared: dict[str, Any] = {"version": MOMENTS_VERSION, "model": setup.model_key, "images": piece.fingerprint}
+    if setup.cfg.moments.positions < 1:
+        shared |= {"positions": setup.cfg.moments.positions, "seed": setup.cfg.seed}
+    return key_of(**shared), {layer: key_of(**shared, layer=layer, gram=gram) for layer in setup.layers}
+
+
+def _collect_piece(setup: Setup, piece: Split, gram: bool, bar: Bar) -> tuple[dict[str, Moments], Seen]:
+    lock, keys = _moments_keys(setup, piece, gram)
+    loader = setup.loader(piece)
+    with setup.cache.lock("moments", lock):
         entries = {layer: setup.cache.load("moments", keys[layer]) for layer in setup.layers}
         missing = [layer for layer in setup.layers if entries[layer] is None]
         moments = {layer: Moments.from_tensors(entry[0]) for layer, entry in entries.items() if entry is not None}
         if not missing:
             metadata = entries[setup.layers[0]][1]  # type: ignore[index]
+            bar.advance(len(loader))
             return moments, Seen(int(metadata["images"]), json.loads(metadata["unreadable"]))
-        loader = setup.loader(images)
-        bar.start(len(loader))
-        stream = MomentStream(setup.model, missing, gram, round(setup.cfg.moments.memory_gib * 2**30))
+        seeds = {layer: setup.seed(layer) for layer in missing}
+        stream = MomentStream(setup.model, missing, gram, setup.memory, setup.cfg.moments.positions, seeds)
         setup.trainer(bar).predict(stream, loader, return_predictions=False)
         metadata = {"images": str(stream.seen.images), "unreadable": json.dumps(stream.seen.unreadable)}
-        if stream.seen.images < 2:
-            raise UserError(
-                f"only {stream.seen.images} of the {len(images)} images of the {split} split can be read: "
-                "mend the files, or ask for more images (data.limit, data.fit, data.probe, data.validation)"
-            )
         for layer in missing:
-            moments[layer] = stream.collectors[layer].moments().to("cpu")
+            # Released one by one: a layer's Gram matrix can have gigabytes.
+            moments[layer] = stream.collectors.pop(layer).moments().to("cpu")
             setup.cache.save("moments", keys[layer], moments[layer].tensors(), {**metadata, "layer": layer})
         return {layer: moments[layer] for layer in setup.layers}, stream.seen
 
 
+def kept_moments(setup: Setup, split: str, layer: str, gram: bool) -> list[Moments]:
+    """One layer's moments of each piece of a split that :func:`collect` left in the cache.
+
+    Raises:
+        UserError: where one is no longer there.
+    """
+    found = []
+    for piece in setup.pieces(split):
+        entry = setup.cache.load("moments", _moments_keys(setup, piece, gram)[1][layer])
+        if entry is None:
+            raise UserError(
+                f"cache.dir={setup.cfg.cache.dir} lacks moments that were just written: is its disk full? Free space, "
+                "give fewer bootstrap.chunks, or bootstrap.resamples=0"
+            )
+        found.append(Moments.from_tensors(entry[0]))
+    return found
+
+
+def fit_pattern(setup: Setup, layer: str, moments: Moments) -> Pattern:
+    """A layer's patterns, (N, D) float64."""
+    return setup.estimator.fit(setup.weight(layer), moments, torch.Generator().manual_seed(setup.seed(layer)))
+
+
 def fit_patterns(setup: Setup, moments: Mapping[str, Moments]) -> dict[str, Pattern]:
     """Patterns of every selected layer, (N, D) float64."""
-    patterns = {}
-    for layer, sums in moments.items():
-        seed = int.from_bytes(hashlib.sha256(f"{setup.cfg.seed} {layer}".encode()).digest()[:8], "big") >> 1
-        generator = torch.Generator().manual_seed(seed)
-        patterns[layer] = setup.estimator.fit(setup.weight(layer), sums, generator)
-    return patterns
+    return {layer: fit_pattern(setup, layer, sums) for layer, sums in moments.items()}
 
 
 def in_weight_shape(setup: Setup, patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
@@ -251,42 +333,6 @@ def in_weight_shape(setup: Setup, patterns: Mapping[str, Pattern]) -> dict[str, 
             pattern.dead,
         )
     return shaped
-
-
-def measure_rho(
-    setup: Setup,
-    patterns: Mapping[str, Pattern],
-    probe: Mapping[str, Moments],
-    test: Mapping[str, Moments],
-    bar: Bar,
-) -> tuple[pd.DataFrame, dict[str, float]]:
-    """rho of every neuron, and the regularisation that each layer needed."""
-    tables, regularisation = [], {}
-    bar.start(len(patterns))
-    for layer, pattern in patterns.items():
-        sums, held = probe[layer].to(setup.device), test[layer].to(setup.device)
-        here = Pattern(*(tensor.to(setup.device) for tensor in vars(pattern).values()))
-        try:
-            fitted = Probe(sums, setup.cfg.probe.regularisation)
-        except ValueError as error:
-            raise UserError(f"rho of layer {layer}: {error}") from error
-        bias: Any = setup.model.get_submodule(layer).bias
-        target = Target(setup.cfg.criterion, None if bias is None else bias.double().to(setup.device))
-        values = rho(fitted.direction(here, target), held, here, target)
-        regularisation[layer] = fitted.regularisation
-        tables.append(rho_rows(layer, setup.all_layers.index(layer), values, pattern.dead, setup.rho_names))
-        bar.advance(detail=layer)
-    return pd.concat(tables, ignore_index=True), regularisation
-
-
-def missing_rho(setup: Setup) -> pd.DataFrame:
-    """Rows without rho, for an estimator that has none."""
-    tables = []
-    for layer in setup.layers:
-        count = len(setup.weight(layer))
-        nothing, alive = torch.full((count,), torch.nan), torch.zeros(count, dtype=torch.bool)
-        tables.append(rho_rows(layer, setup.all_layers.index(layer), nothing, alive, setup.rho_names))
-    return pd.concat(tables, ignore_index=True)
 
 
 def why_no_accuracy(setup: Setup) -> str | None:

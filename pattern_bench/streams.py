@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.degradation import degradation_curve, rank_patches
 from pattern_bench.core.network import collecting
+from pattern_bench.core.reading import Correlation, Reader
 from pattern_bench.data.splits import Batch
 from pattern_bench.models.source import Training
 
@@ -62,19 +63,108 @@ class MomentStream(Stream):
         layers: layer names.
         gram: whether to sum the Gram matrices, which rho needs and patterns do not.
         memory: bytes that the largest temporary may take.
+        positions: share of each layer's output positions to sample.
+        seeds: of the sampled positions, by layer.
     """
 
-    def __init__(self, model: nn.Module, layers: list[str], gram: bool, memory: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[str],
+        gram: bool,
+        memory: int,
+        positions: float,
+        seeds: Mapping[str, int],
+    ) -> None:
         super().__init__(model)
-        self.layers, self.gram, self.memory = layers, gram, memory
+        self.layers, self.gram, self.memory, self.positions, self.seeds = layers, gram, memory, positions, seeds
         self.collectors: dict[str, Collector] = {}
 
     def on_predict_start(self) -> None:
         layers: dict[str, Any] = {name: self.model.get_submodule(name) for name in self.layers}
-        self.collectors = {name: Collector(layer, self.gram, self.memory) for name, layer in layers.items()}
+        self.collectors = {
+            name: Collector(layer, self.gram, self.memory, self.positions, self.seeds[name])
+            for name, layer in layers.items()
+        }
 
     def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
         with collecting(self.model, self.collectors):
+            self.model(images)
+
+
+class ReaderDescent(pl.LightningModule):
+    """Fits the readers v of the selected layers together: Adam on their least-squares problems.
+
+    Args:
+        model: canonical network; it is not trained.
+        readers: by layer name, calibrated.
+        learning_rate: of the first step; it falls to 0 along a cosine over ``steps``.
+        steps: at most.
+        batch_size: of a whole batch; a smaller one counts for less.
+    """
+
+    strict_loading = False
+
+    def __init__(
+        self, model: nn.Module, readers: Mapping[str, Reader], learning_rate: float, steps: int, batch_size: int
+    ) -> None:
+        super().__init__()
+        self._model = (model,)  # in a tuple: it belongs in no checkpoint
+        self.names = list(readers)
+        self.readers = nn.ModuleList(readers.values())
+        self.learning_rate, self.steps, self.batch_size = learning_rate, steps, batch_size
+        self.seen = Seen()
+
+    def on_fit_start(self) -> None:
+        self._model[0].to(self.device)
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor | None:
+        if self.current_epoch == 0:
+            self.seen.add(batch)
+        if batch.images is None:
+            return None
+        watched = {name: _Objective(reader) for name, reader in zip(self.names, self.readers, strict=True)}  # type: ignore[arg-type]
+        with torch.no_grad(), collecting(self._model[0], watched):
+            self._model[0](fast_layout(batch.images))
+        losses = torch.cat([loss for objective in watched.values() for loss in objective.losses])
+        self.log("loss", losses.detach().mean(), on_step=False, on_epoch=True, batch_size=len(batch.images))
+        # Without the weight, the images of a last, smaller batch would count for more than the others.
+        return losses.sum() * (len(batch.images) / self.batch_size)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class _Objective:
+    """Keeps a layer's loss, with its graph, as the layer runs: later its tensors may be overwritten in place."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.losses: list[Tensor] = []
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        with torch.enable_grad():
+            self.losses.append(self.reader.loss(x.clone(), y))
+
+
+class ReadingStream(Stream):
+    """Correlates what the readers of each layer read with their target."""
+
+    def __init__(self, model: nn.Module, readers: Mapping[str, Reader]) -> None:
+        super().__init__(model)
+        self.names, self.readers = list(readers), nn.ModuleList(readers.values())
+        self.correlations: dict[str, Correlation] = {}
+
+    def on_predict_start(self) -> None:
+        self.correlations = {
+            name: Correlation(reader)  # type: ignore[arg-type]
+            for name, reader in zip(self.names, self.readers, strict=True)
+        }
+
+    def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
+        with collecting(self.model, self.correlations):
             self.model(images)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Pattern
-from pattern_bench.core.quality import CRITERIA, Probe, Target, rho
+from pattern_bench.core.quality import CLOSED_FORM, Probe, Target, rho
 
 
 def sums(layer, x, gram=True):
@@ -39,7 +39,7 @@ def brute_rho(layer, probe_x, test_x, pattern, neuron, ridge, criterion="all"):
     return 1 - np.corrcoef(d @ v, y)[0, 1]
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", CLOSED_FORM)
 @pytest.mark.parametrize("estimator", FITTED)
 def test_rho_equals_brute_force_least_squares(layer_and_input, estimator, criterion):
     layer, x = layer_and_input

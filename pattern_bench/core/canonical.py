@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
-from pattern_bench.core.layers import LAYER_TYPES, Layer, PaddedConv2d, geometry_of, pad
+from pattern_bench.core.layers import LAYER_TYPES, Layer, PaddedConv2d, convolved, geometry_of
 from pattern_bench.errors import UserError
 
 TOLERANCE = 1e-3
@@ -160,12 +160,7 @@ def _declares(layer: Layer, x: Tensor, output: Tensor) -> bool:
 
 def declared(layer: Layer, x: Tensor) -> Tensor:
     """What the layer's weight, bias and geometry say that it puts out: all that the suite's arithmetic knows of it."""
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, layer.weight, layer.bias)
-    geometry = geometry_of(layer)
-    convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.kernel) - 1]
-    padded = pad(x, geometry)
-    return convolve(padded, layer.weight, layer.bias, geometry.stride, 0, geometry.dilation, geometry.groups)
+    return convolved(x, layer.weight, layer.bias, geometry_of(layer))
 
 
 class _Convolutions(TorchFunctionMode):

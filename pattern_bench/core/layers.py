@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,6 +110,17 @@ def pad(x: Tensor, geometry: Geometry) -> Tensor:
     flat = list(itertools.chain.from_iterable(reversed(geometry.padding)))
     mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
     return F.pad(x, flat, mode=mode)
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """What a layer of this geometry makes of ``x`` with this weight (in its layer's shape) and bias (N,)."""
+    if not geometry.kernel:
+        return F.linear(x, weight, bias)
+    padding: Any = [before for before, _ in geometry.padding]
+    if not geometry.pads_as_convolutions_do:
+        x, padding = pad(x, geometry), 0
+    convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.kernel) - 1]
+    return convolve(x, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
 
 
 def _windows(x: Tensor, geometry: Geometry) -> Tensor:

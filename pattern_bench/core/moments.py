@@ -12,6 +12,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+MEMORY = 2**30
+"""Bytes that temporaries may take, unless told otherwise."""
+NO_GRAM = "these moments were collected without the Gram matrix, which rho needs"
+
 
 @dataclass
 class Moments:
@@ -44,6 +48,10 @@ class Moments:
 
     def to(self, device: torch.device | str) -> Moments:
         return Moments(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def times(self, weight: float) -> Moments:
+        """The sums as if every patch had been met ``weight`` times."""
+        return Moments(**{name: weight * tensor for name, tensor in self.tensors().items()})
 
     def add_(self, other: Moments) -> Moments:
         """Adds the sums of other patches in place."""
@@ -85,6 +93,7 @@ class Moments:
     def cov_x(self) -> Tensor:
         """cov[x], (G, D, D)."""
         if self.gram is None:
-            raise ValueError("these moments were collected without the Gram matrix, which rho needs")
+            raise ValueError(NO_GRAM)
         mean = self.mean_x
-        return self.gram / self.n - mean[:, :, None] * mean[:, None, :]
+        # One tensor of this size, not three: at D = 25,088 it has 5 GB.
+        return torch.baddbmm(self.gram, mean[:, :, None], mean[:, None, :], beta=1 / float(self.n), alpha=-1)

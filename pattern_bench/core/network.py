@@ -5,12 +5,11 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pattern_bench.core.collector import Collector
 from pattern_bench.core.layers import LAYER_TYPES
 from pattern_bench.errors import UserError, did_you_mean
 
@@ -54,19 +53,23 @@ def select_layers(names: Sequence[str], wanted: str | Sequence[str]) -> list[str
     return [name for name in names if name in chosen]
 
 
-@contextmanager
-def collecting(model: nn.Module, collectors: Mapping[str, Collector]) -> Iterator[None]:
-    """Within, every forward pass adds each named layer's patches to its collector."""
+class Watcher(Protocol):
+    """What can be shown a layer's inputs and outputs: a collector of moments, a running correlation."""
 
-    def watch(collector: Collector) -> Any:
+    def add(self, x: Tensor, y: Tensor) -> None: ...
+
+
+@contextmanager
+def collecting(model: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[None]:
+    """Within, every forward pass shows each named layer's input and output to its watcher."""
+
+    def watch(watcher: Watcher) -> Any:
         def hook(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            collector.add(inputs[0], output)
+            watcher.add(inputs[0], output)
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(watch(collector)) for name, collector in collectors.items()
-    ]
+    handles = [model.get_submodule(name).register_forward_hook(watch(watcher)) for name, watcher in watchers.items()]
     try:
         yield
     finally:

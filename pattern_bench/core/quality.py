@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from pattern_bench.core.estimators import Pattern
-from pattern_bench.core.moments import Moments
+from pattern_bench.core.moments import MEMORY, NO_GRAM, Moments
 
-CRITERIA = ("all", "rectified")
-RHS_BYTES = 512 * 2**20
+CRITERIA = ("all", "rectified", "positive")
+CLOSED_FORM = CRITERIA[:2]
+"""``positive`` has another Σ for every neuron: it is the SGD probe's (``core/reading.py``)."""
 LARGEST_REGULARISATION = 1e-2
 
 
@@ -44,14 +45,16 @@ class Target:
 @dataclass(frozen=True)
 class _Residual:
     """Second moments of z and of the target t for a slice of n neurons, in units of each neuron's deviation of u
-    (A z and every correlation stay as they are; the 4 × 4 systems become well scaled)."""
+    (A z and every correlation stay as they are; the small systems become well scaled). z has R = 2 parts, u g and
+    u (1-g); or, where a₊ = a₋, the one part u."""
 
-    a: Tensor  # (n, D, 2)
-    p: Tensor  # (n, D, 2) = cov[x, z]
-    v: Tensor  # (n, 2, 2) = cov[z]
+    a: Tensor  # (n, D, R)
+    p: Tensor  # (n, D, R) = cov[x, z]
+    v: Tensor  # (n, R, R) = cov[z]
     xt: Tensor  # (n, D) = cov[x, t]
-    zt: Tensor  # (n, 2) = cov[z, t]
+    zt: Tensor  # (n, R) = cov[z, t]
     tt: Tensor  # (n,) = var[t]
+    linear: bool  # whether t is the sum of z's parts, up to a constant
 
     @property
     def dt(self) -> Tensor:
@@ -63,7 +66,7 @@ def _residual(m: Moments, pattern: Pattern, part: slice, target: Target) -> _Res
     deviation = m.var_u[part].clamp(min=0).sqrt()
     unit = torch.where(deviation > 0, deviation, 1.0)[:, None]
     mean_x = m.mean_x_per_neuron[part]
-    # z and the gate g, in a row: u g, u (1-g), g.
+    # u g, u (1-g) and the gate g, in a row.
     mean = torch.stack([m.ug[part] / unit[:, 0], m.un[part] / unit[:, 0], m.g[part]], 1) / m.n
     crossed = torch.stack([m.xug[part] / unit, m.xun[part] / unit, m.xg[part]], 2) / m.n
     second = torch.diag_embed(torch.stack([m.uug[part], m.uun[part]], 1) / m.n / unit.square())
@@ -72,19 +75,34 @@ def _residual(m: Moments, pattern: Pattern, part: slice, target: Target) -> _Res
     second[:, 0, 2] = second[:, 2, 0] = mean[:, 0]
     p = crossed - mean_x[:, :, None] * mean[:, None, :]
     v = second - mean[:, :, None] * mean[:, None, :]
-    a = torch.stack([pattern.positive[part], pattern.negative[part]], 2) * unit[:, :, None]
+    positive, negative = pattern.positive[part], pattern.negative[part]
+    parts = [[1, 0, 0], [0, 1, 0]]
+    if torch.equal(positive, negative):
+        parts = [[1, 1, 0]]
+    z = torch.tensor(parts, dtype=p.dtype, device=p.device).T
+    a = torch.stack([positive, negative][: len(parts)], 2) * unit[:, :, None]
     t = target.weights(part, unit)
-    zt = (v @ t[:, :, None]).squeeze(2)
+    vt = v @ t[:, :, None]
     return _Residual(
-        a, p[:, :, :2], v[:, :2, :2], (p @ t[:, :, None]).squeeze(2), zt[:, :2], (zt * t).sum(1).clamp(min=0)
+        a=a,
+        p=p @ z,
+        v=z.T @ v @ z,
+        xt=(p @ t[:, :, None]).squeeze(2),
+        zt=(z.T @ vt).squeeze(2),
+        tt=(vt.squeeze(2) * t).sum(1).clamp(min=0),
+        linear=target.criterion == "all",
     )
 
 
-def _slices(m: Moments) -> list[tuple[int, slice]]:
-    """Neurons group by group, in parts whose right-hand sides stay within ``RHS_BYTES``."""
+COPIES = 24
+"""How many times the patches' size D a neuron takes while it is solved for: right-hand sides, solutions, products."""
+
+
+def _slices(m: Moments, memory: int) -> list[tuple[int, slice]]:
+    """Neurons group by group, in parts that stay within ``memory`` bytes."""
     groups, d = m.x.shape
     per_group = m.g.shape[0] // groups
-    step = max(1, RHS_BYTES // (8 * 8 * d))
+    step = max(1, memory // (8 * COPIES * d))
     return [
         (group, slice(start, min(start + step, (group + 1) * per_group)))
         for group in range(groups)
@@ -99,56 +117,63 @@ class Probe:
         moments: sums of the probe split, with the Gram matrix.
         regularisation: λ as a multiple of Σ's mean diagonal; raised tenfold, up to ``LARGEST_REGULARISATION``,
             where Σ cannot be factorised with less. The attribute of this name holds what was used.
+        memory: bytes for the neurons that are solved for at a time, besides Σ's factor itself.
 
     Raises:
         ValueError: where no factorisation exists.
     """
 
-    def __init__(self, moments: Moments, regularisation: float) -> None:
-        self.moments = moments
-        covariance = moments.cov_x
-        diagonal = covariance.diagonal(dim1=1, dim2=2)
-        scale = diagonal.mean(1)
-        # An all-zero Σ (every input dead) leaves nothing to read; any positive λ then gives v = 0.
-        scale = torch.where(scale > 0, scale, 1.0)
+    def __init__(self, moments: Moments, regularisation: float, memory: int = MEMORY) -> None:
+        self.moments, self.memory = moments, memory
         self.regularisation = regularisation
-        self.factor, failed = self._factorise(covariance, scale)
+        self.factor, failed = self._factorise()
         # Rounding of float32 products can leave Σ short of positive definite by more than a small λ.
         while failed and self.regularisation < LARGEST_REGULARISATION:
             self.regularisation *= 10
-            self.factor, failed = self._factorise(covariance, scale)
+            self.factor, failed = self._factorise()
         if failed:
             raise ValueError(
                 f"cov[x] is not positive definite, even with a ridge of {self.regularisation:g} times its mean "
                 "diagonal: are there NaN or infinite activations?"
             )
 
-    def _factorise(self, covariance: Tensor, scale: Tensor) -> tuple[Tensor, bool]:
-        ridge = (self.regularisation * scale)[:, None].expand(-1, covariance.shape[1])
-        factor, info = torch.linalg.cholesky_ex(covariance + torch.diag_embed(ridge))
-        return factor, bool(info.any())
+    def _factorise(self) -> tuple[Tensor, bool]:
+        """Σ + λI's factor, (G, D, D), in the memory of Σ: at D = 25,088 a copy would be another 5 GB."""
+        covariance = self.moments.cov_x
+        diagonal = covariance.diagonal(dim1=1, dim2=2)
+        scale = diagonal.mean(1, keepdim=True)
+        # An all-zero Σ (every input dead) leaves nothing to read; any positive λ then gives v = 0.
+        diagonal += self.regularisation * torch.where(scale > 0, scale, 1.0)
+        info = torch.empty(len(covariance), dtype=torch.int32, device=covariance.device)
+        torch.linalg.cholesky_ex(covariance, out=(covariance, info))
+        return covariance, bool(info.any())
 
     def direction(self, pattern: Pattern, target: Target = Target()) -> Tensor:
         """v for each neuron, (N, D); NaN where the target does not vary, so that there is nothing to fit."""
         parts = [
-            self._solve(group, _residual(self.moments, pattern, part, target)) for group, part in _slices(self.moments)
+            self._solve(group, _residual(self.moments, pattern, part, target))
+            for group, part in _slices(self.moments, self.memory)
         ]
         return torch.cat(parts)
 
     def _solve(self, group: int, r: _Residual) -> Tensor:
-        n, d, _ = r.p.shape
-        u = torch.cat([r.p, r.a], 2)  # (n, D, 4)
-        rhs = torch.cat([u, r.dt[:, :, None]], 2)
+        n, d, parts = r.p.shape
+        u = torch.cat([r.p, r.a], 2)  # (n, D, 2R)
+        # Where t is the sum of z's parts, cov[d, t] is a combination of the columns of U, and so is its solution.
+        rhs = u if r.linear else torch.cat([u, r.dt[:, :, None]], 2)
         solved = torch.cholesky_solve(rhs.permute(1, 0, 2).reshape(d, -1), self.factor[group])
-        solved = solved.reshape(d, n, 5).permute(1, 0, 2)
-        iu, ir = solved[:, :, :4], solved[:, :, 4:]
-        eye, zero = torch.eye(2, dtype=u.dtype, device=u.device).expand(n, 2, 2), u.new_zeros(n, 2, 2)
-        inverse_k = torch.cat([torch.cat([-r.v, -eye], 2), torch.cat([-eye, zero], 2)], 1)
+        solved = solved.reshape(d, n, -1).permute(1, 0, 2)
+        iu = solved[:, :, : 2 * parts]
+        ir = iu @ torch.cat([torch.ones_like(r.zt), -r.zt], 1)[:, :, None] if r.linear else solved[:, :, 2 * parts :]
+        eye = torch.eye(parts, dtype=u.dtype, device=u.device).expand(n, parts, parts)
+        inverse_k = torch.cat([torch.cat([-r.v, -eye], 2), torch.cat([-eye, torch.zeros_like(eye)], 2)], 1)
         small = torch.linalg.solve(inverse_k + u.mT @ iu, u.mT @ ir)
         return torch.where(r.tt[:, None] > 0, (ir - iu @ small).squeeze(2), torch.nan)
 
 
-def rho(direction: Tensor, moments: Moments, pattern: Pattern, target: Target = Target()) -> Tensor:
+def rho(
+    direction: Tensor, moments: Moments, pattern: Pattern, target: Target = Target(), memory: int = MEMORY
+) -> Tensor:
     """rho(S) of each neuron on a test split: 1 - corr(t, vᵀd) from that split's moments.
 
     Args:
@@ -156,18 +181,21 @@ def rho(direction: Tensor, moments: Moments, pattern: Pattern, target: Target = 
         moments: sums of the test split, with the Gram matrix.
         pattern: the layer's patterns, (N, D).
         target: the same as for the direction.
+        memory: bytes for the neurons that are evaluated at a time.
 
     Returns:
         (N,), NaN where the target does not vary on this split or on v's; 1 where v reads nothing; above 1 by
         noise.
     """
-    sigma = moments.cov_x
+    if moments.gram is None:
+        raise ValueError(NO_GRAM)
     values = []
-    for group, part in _slices(moments):
+    for group, part in _slices(moments, memory):
         r, v = _residual(moments, pattern, part, target), direction[part]
         vp = torch.einsum("nd,ndk->nk", v, r.p)
         va = torch.einsum("nd,ndk->nk", v, r.a)
-        variance = ((v @ sigma[group]) * v).sum(1) - 2 * (vp * va).sum(1) + torch.einsum("nk,nkl,nl->n", va, r.v, va)
+        read = ((v @ moments.gram[group]) * v).sum(1) / moments.n - (v @ moments.mean_x[group]).square()
+        variance = read - 2 * (vp * va).sum(1) + torch.einsum("nk,nkl,nl->n", va, r.v, va)
         covariance = (v * r.dt).sum(1)
         scale = (variance.clamp(min=0) * r.tt.clamp(min=0)).sqrt()
         correlation = torch.where(scale > 0, covariance / scale.where(scale > 0, 1.0), 0.0)

@@ -74,6 +74,14 @@ class Split(Dataset):
         """The first ``count`` images."""
         return Split(self.pool, self.indices[:count], self.regression, self.strict, self.transform)
 
+    def chunks(self, count: int) -> list[Split]:
+        """The images in ``count`` parts of the same size, or nearly so."""
+        ends = [round(i * len(self) / count) for i in range(count + 1)]
+        return [
+            Split(self.pool, self.indices[start:end], self.regression, self.strict, self.transform)
+            for start, end in itertools.pairwise(ends)
+        ]
+
     @property
     def fingerprint(self) -> str:
         content = f"{self.pool.fingerprint} {self.indices} {self.transform!r}"
