@@ -3,12 +3,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import brute_neuron, brute_patches
+from conftest import GEOMETRIES, brute_neuron, brute_patches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from pattern_bench.core.collector import Collector
+from pattern_bench.core.layers import draw_positions, geometry_of, patches, patches_at
 from pattern_bench.core.network import collecting
 
 
@@ -176,3 +177,63 @@ def test_the_bound_on_temporaries_holds():
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         Collector(layer, True, bound).add(x, y)
     assert max(event.cpu_memory_usage for event in profile.events()) <= bound
+
+
+def test_patches_at_every_position_are_all_patches(layer_and_input):
+    layer, x = layer_and_input
+    if isinstance(layer, nn.Linear):
+        x = x.reshape(-1, x.shape[-1])
+    geometry = geometry_of(layer)
+    there = patches(x, geometry).shape[1] // len(x)
+    every = torch.arange(there).expand(len(x), -1)
+    torch.testing.assert_close(patches_at(x, geometry, every), patches(x, geometry))
+
+
+def test_positions_are_drawn_evenly_and_whatever_the_batches():
+    one = draw_positions(3000, 10, 4, torch.Generator().manual_seed(0))
+    assert one.min() == 0
+    assert one.max() == 9
+    assert (one.flatten().bincount() / 3000 - 0.4).abs().max() < 0.04
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(torch.cat([draw_positions(n, 10, 4, generator) for n in (1, 7, 2992)]), one)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "grouped", "depthwise", "same", "reflect", "conv1d", "conv3d"])
+def test_sums_over_sampled_positions_are_unbiased(name, monkeypatch):
+    """Averaged over seeds they approach the exact sums, as fast as their spread allows."""
+    monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 3)
+    torch.manual_seed(0)
+    layer, shape = GEOMETRIES[name]()
+    layer = layer.double().requires_grad_(False)
+    x = torch.randn(shape, dtype=torch.float64).relu() + 0.1
+    exact = collected(layer, x).tensors()
+    draws = []
+    for seed in range(200):
+        collector = Collector(layer, True, positions=0.3, seed=seed)
+        for part in x.split(1):
+            collector.add(part, layer(part))
+        draws.append(collector.moments().tensors())
+    for key, value in exact.items():
+        found = torch.stack([draw[key] for draw in draws])
+        error = (found.mean(0) - value).abs()
+        assert (error <= 5 * found.std(0) / 200**0.5 + 1e-9 * value.abs().max()).all(), key
+    assert all(draw["n"] == exact["n"] for draw in draws)
+    assert not torch.equal(draws[0]["gram"], exact["gram"])
+
+
+def test_layers_with_few_positions_are_not_sampled():
+    layer = nn.Conv2d(2, 3, 3, padding=1).double().requires_grad_(False)
+    x = torch.randn(2, 2, 16, 16, dtype=torch.float64)
+    sampled = Collector(layer, True, positions=0.1)
+    sampled.add(x, layer(x))
+    assert torch.equal(sampled.moments().gram, collected(layer, x).gram)
+
+
+def test_a_large_mean_costs_no_digit_in_sampled_positions():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, 3).requires_grad_(False)
+    x = torch.randn(8, 3, 40, 40) + 1000
+    m = Collector(layer, True, positions=0.5)
+    m.add(x, layer(x))
+    covariance = m.moments().cov_x[0]
+    assert (covariance - torch.eye(27).double()).abs().max() < 0.1
