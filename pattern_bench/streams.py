@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.degradation import degradation_curve, rank_patches
+from pattern_bench.core.layers import Scratch
 from pattern_bench.core.network import collecting
 from pattern_bench.core.reading import Correlation, Reader
 from pattern_bench.data.splits import Batch
@@ -82,8 +83,9 @@ class MomentStream(Stream):
 
     def on_predict_start(self) -> None:
         layers: dict[str, Any] = {name: self.model.get_submodule(name) for name in self.layers}
+        scratch = Scratch()
         self.collectors = {
-            name: Collector(layer, self.gram, self.memory, self.positions, self.seeds[name])
+            name: Collector(layer, self.gram, self.memory, self.positions, self.seeds[name], scratch)
             for name, layer in layers.items()
         }
 

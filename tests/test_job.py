@@ -12,7 +12,7 @@ from torchvision import models
 
 from pattern_bench.errors import UserError
 from pattern_bench.report import main as report
-from pattern_bench.results import DEGRADATION_COLUMNS, RHO_COLUMNS, SPLIT_COLUMNS
+from pattern_bench.results import BOOTSTRAP_COLUMNS, DEGRADATION_COLUMNS, RHO_COLUMNS, SPLIT_COLUMNS
 
 FILES = {
     "rho.csv", "degradation.csv", "accuracy.json", "splits.csv", "patterns.safetensors", "summary.json",
@@ -270,6 +270,16 @@ def test_a_users_mistake_inside_the_job_shows_no_traceback(command):
         (["moments.memory_gib=0"], "moments.memory_gib=0 is not possible"),
         (["criterion=some"], "criterion=some is unknown"),
         (["probe.regularisation=-1"], "probe.regularisation=-1 is not possible"),
+        (["criterion=positive"], "criterion=positive has no closed form"),
+        (["probe=sgd", "probe.steps=0"], "probe.steps=0 is not possible"),
+        (["probe=sgd", "probe.learning_rate=fast"], "probe.learning_rate=fast is not possible"),
+        (["moments.positions=2"], "moments.positions=2 is no share"),
+        (["moments.positions=0"], "moments.positions=0 is not possible"),
+        (["bootstrap.resamples=1"], "bootstrap.resamples=1 has no spread"),
+        (["bootstrap.resamples=5", "bootstrap.chunks=1"], "bootstrap.chunks=1 is not possible"),
+        (["bootstrap.resamples=5", "data.limit=50"], "bootstrap.chunks=20 is more than the 10 images"),
+        (["bootstrap.resamples=5", "probe=sgd"], "bootstrap.resamples needs the closed form"),
+        (["bootstrap.resamples=5", "cache.dir=/proc/none"], "cannot be written"),
         (["model=resnet18", "model.weights=null"], "model=resnet18 cannot take data=digits"),
         (["data=folder", "data.root={flat}"], "is trained on class labels"),
         (["data=folder", "data.root={bad}", "model=alexnet", "model.weights=null"], "none of the 5 images"),
@@ -300,6 +310,63 @@ def test_a_later_run_replaces_an_earlier_one_in_the_report(run_job, tmp_path, ca
     table = pd.read_csv(tmp_path / "report" / "fig3.csv")
     assert table["mean"].tolist() == [pytest.approx(read(last)["rho"]["all"]["mean"])]
     assert not torch.isnan(torch.tensor(table["mean"])).any()
+
+
+def test_images_drawn_again_give_standard_errors(run_job, tmp_path):
+    """The chunks add up to the run without them; the errors are the resamples' spread, in figure and report too."""
+    few = [*SMALL, "layer=features.*", "estimator=w"]
+    plain, drawn = run_job(*few), run_job(*few, "bootstrap.resamples=6", "bootstrap.chunks=5")
+    rho = [pd.read_csv(folder / "rho.csv").rho for folder in (plain, drawn)]
+    pd.testing.assert_series_equal(*rho, rtol=0, atol=1e-5)
+    assert not (plain / "bootstrap.csv").exists()
+    table = pd.read_csv(drawn / "bootstrap.csv")
+    assert tuple(table.columns) == BOOTSTRAP_COLUMNS
+    assert table.groupby("layer").size().tolist() == [6] * 4
+    for layer in read(drawn)["rho"]["layers"]:
+        mine = table[table.layer == layer["layer"]]
+        assert layer["standard_error"]["mean"] == pytest.approx(mine["mean"].std())
+        assert layer["standard_error"]["median"] > 0
+        # Around the estimate from all images, not somewhere else.
+        assert abs(mine["mean"].mean() - layer["mean"]) < 4 * mine["mean"].std() + 0.02
+    report([str(drawn), "--output", str(tmp_path / "report")])
+    shown = pd.read_csv(tmp_path / "report" / "fig3.csv")
+    assert shown["standard_error_mean"].tolist() == pytest.approx(table.groupby("layer")["mean"].std().tolist())
+    # A later run without them takes their place.
+    report([str(drawn), str(run_job(*few)), "--output", str(tmp_path / "report")])
+    assert "standard_error_mean" not in pd.read_csv(tmp_path / "report" / "fig3.csv")
+
+
+def test_a_resample_is_what_repeating_its_images_gives():
+    """Drawn chunk by chunk from kept sums, against a pass over the images so repeated."""
+    from pattern_bench import criterion
+    from pattern_bench.core.collector import Collector
+
+    layer = torch.nn.Conv2d(2, 3, 3).double().requires_grad_(False)
+    x = torch.randn(8, 2, 6, 6, dtype=torch.float64)
+
+    def sums(images):
+        collector = Collector(layer, True)
+        collector.add(images, layer(images))
+        return collector.moments()
+
+    drawn = criterion._drawn([sums(part) for part in x.split(2)], torch.Generator().manual_seed(1))
+    chosen = torch.randint(4, (4,), generator=torch.Generator().manual_seed(1))
+    assert len(set(chosen.tolist())) < 4
+    expected = sums(torch.cat([x.split(2)[i] for i in chosen]))
+    for name, value in expected.tensors().items():
+        torch.testing.assert_close(getattr(drawn, name), value, rtol=1e-10, atol=1e-10)
+
+
+def test_sampled_positions_are_near_the_exact_ones(run_job, monkeypatch):
+    """And are another entry of the cache."""
+    monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 8)
+    few = [*SMALL, "layer=features.0", "estimator=a", "criterion=rectified"]
+    exact, sampled, again = (
+        pd.read_csv(run_job(*few, *more) / "rho.csv").rho
+        for more in ([], ["moments.positions=0.5"], ["moments.positions=0.5"])
+    )
+    pd.testing.assert_series_equal(sampled, again)
+    assert 0 < (exact - sampled).abs().mean() < 0.1
 
 
 def test_a_disk_that_fills_up_costs_the_cache_entry_or_names_the_file(

@@ -1,7 +1,7 @@
 """Streams a layer's inputs and outputs into its moments, at the price of a few forward passes.
 
-Per batch, three convolution weight gradients give all cross-moments (of x with the gate and with the positive and
-the negative part of y; the last is not needed where the Gram matrix is, since Σ x u = (Σ x xᵀ) w), and the
+Per batch, three convolution weight gradients give all cross-moments (of x with the gate, with the positive part of y
+and with y; the last is not needed where the Gram matrix is, since Σ x u = (Σ x xᵀ) w), and the
 autocorrelation of the input gives the Gram matrix. Where output positions are sampled, their patches are unfolded
 and everything is a matrix product. The rest follows from identities, because u = wᵀx:
 Σ u g = wᵀ Σ x g and Σ u² g = wᵀ Σ x u g.
@@ -17,6 +17,7 @@ from torch import Tensor
 from pattern_bench.core.gram import Autocorrelation, applies
 from pattern_bench.core.layers import (
     Layer,
+    Scratch,
     cross_sum,
     draw_positions,
     geometry_of,
@@ -49,9 +50,19 @@ class Collector:
         positions: share of each image's output positions to use, drawn at random but at least ``LEAST_POSITIONS``;
             the sums are scaled, so that they are unbiased estimates of those over all positions.
         seed: of the positions.
+        scratch: memory for temporaries, to be shared by collectors that take turns.
     """
 
-    def __init__(self, layer: Layer, gram: bool, memory: int = MEMORY, positions: float = 1.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        gram: bool,
+        memory: int = MEMORY,
+        positions: float = 1.0,
+        seed: int = 0,
+        scratch: Scratch | None = None,
+    ) -> None:
+        self.scratch = Scratch() if scratch is None else scratch
         self.layer, self.memory, self.positions = layer, memory, positions
         self.generator = torch.Generator().manual_seed(seed)
         self.geometry = geometry_of(layer)
@@ -62,7 +73,7 @@ class Collector:
         self.x = like.new_zeros(self.groups, d)
         self.g = like.new_zeros(n)
         self.xg, self.x_fired = like.new_zeros(n, d), like.new_zeros(n, d)
-        self.x_rested = None if gram else like.new_zeros(n, d)
+        self.x_all = None if gram else like.new_zeros(n, d)
         self.wants_gram = gram
         self.gram: Tensor | None = None  # of patches that were unfolded; the others are in lags
         self.lags: Autocorrelation | None = None
@@ -95,53 +106,56 @@ class Collector:
     def _add(self, x: Tensor, y: Tensor) -> None:
         if not self.geometry.pads:
             x = pad(x, geometry_of(self.layer))
-        positive = y > 0
+        gate = torch.gt(y, 0, out=self.scratch.like("gate", y))
         if self.shift is not None:
             x, y = x - _along(self.shift[0], x), y - _along(self.shift[1], y)
         drawn = self._drawn(y)
         if drawn:
-            self._add_drawn(x, y, positive, drawn)
+            self._add_drawn(x, y, gate, drawn)
             return
-        self._add_maps(y, positive, patch_sum(x, self.geometry), lambda maps: cross_sum(x, maps, self.geometry))
+        self._add_maps(y, gate, patch_sum(x, self.geometry), lambda maps: cross_sum(x, maps, self.geometry))
         if not self.wants_gram:
             return
         if applies(self.geometry, x.shape[1], tuple(x.shape[2:])):
             if self.lags is None:
-                self.lags = Autocorrelation(self.geometry, x.shape[1], self.x)
+                self.lags = Autocorrelation(self.geometry, x.shape[1], self.x, self.scratch)
             self.lags.add(x)
         else:
             self._add_gram(patches(x, self.geometry))
 
-    def _add_drawn(self, x: Tensor, y: Tensor, positive: Tensor, count: int) -> None:
+    def _add_drawn(self, x: Tensor, y: Tensor, gate: Tensor, count: int) -> None:
         there = y[0, 0].numel()
         positions = draw_positions(len(x), there, count, self.generator).to(x.device)
         scale = there / count
         p = patches_at(x, self.geometry, positions)
         # One image of B·M positions, (1, N, B·M).
         index = positions[:, None].expand(-1, y.shape[1], -1)
-        y, positive = (t.flatten(2).gather(2, index).transpose(0, 1).reshape(1, y.shape[1], -1) for t in (y, positive))
+        y, gate = (t.flatten(2).gather(2, index).transpose(0, 1).reshape(1, y.shape[1], -1) for t in (y, gate))
 
         def product(maps: Tensor) -> Tensor:
             return scale * (maps.view(self.groups, -1, maps.shape[2]) @ p).flatten(0, 1)
 
-        self._add_maps(y, positive, scale * p.sum(1, dtype=torch.float64), product, scale)
+        self._add_maps(y, gate, scale * p.sum(1, dtype=torch.float64), product, scale)
         if self.wants_gram:
             self._add_gram(p, scale)
 
     def _add_maps(
-        self, y: Tensor, positive: Tensor, x: Tensor, cross: Callable[[Tensor], Tensor], scale: float = 1.0
+        self, y: Tensor, gate: Tensor, x: Tensor, cross: Callable[[Tensor], Tensor], scale: float = 1.0
     ) -> None:
         """Adds the sums of patches ``x`` (G, D) and of their products with the maps of the gate, through ``cross``."""
-        gate = positive.to(y.dtype)
-        # About zero, the parts of y above and below are cheaper than products with the gate.
-        fired = y.relu() if self.shift is None else y * gate
         self.n += scale * (y.numel() // y.shape[1])
         self.x += x
         self.g += scale * (gate.flatten(2).sum(2).sum(0, dtype=torch.float64) if y.ndim > 2 else gate.sum(0))
-        self.xg += cross(gate)
-        self.x_fired += cross(fired)
-        if self.x_rested is not None:
-            self.x_rested += cross(y - fired)
+        self._accumulate(self.xg, cross(gate))
+        # y times its gate; about zero, this is its positive part.
+        fired = self.scratch.like("fired", y)
+        fired = torch.clamp_min(y, 0, out=fired) if self.shift is None else torch.mul(y, gate, out=fired)
+        self._accumulate(self.x_fired, cross(fired))
+        if self.x_all is not None:
+            self._accumulate(self.x_all, cross(y))
+
+    def _accumulate(self, total: Tensor, part: Tensor) -> None:
+        total.add_(self.scratch.like("wide", total).view(part.shape).copy_(part).view_as(total))
 
     def _add_gram(self, p: Tensor, scale: float = 1.0) -> None:
         product = (scale * (p.mT @ p)).double()
@@ -172,8 +186,8 @@ class Collector:
         if gram is not None:
             xu = (weight.view(self.groups, -1, weight.shape[1]) @ gram).view_as(weight) + offset[:, None] * x
             xun = xu - xug
-        if self.x_rested is not None:
-            xun = self.x_rested + back[:, None] * (x - self.xg)
+        if self.x_all is not None:
+            xun = self.x_all - self.x_fired + back[:, None] * (x - self.xg)
         ug = (weight * self.xg).sum(1) + offset * self.g
         un = (weight * x).sum(1) + offset * n - ug
         xug, xun = xug + about * ug[:, None], xun + about * un[:, None]

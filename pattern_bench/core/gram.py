@@ -12,9 +12,8 @@ from __future__ import annotations
 import itertools
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from pattern_bench.core.layers import Geometry, cross_sum
+from pattern_bench.core.layers import Geometry, Scratch, cross_sum
 
 SMALL_PATCH = 64
 """Patches of at most so many values are unfolded: the product is then cheaper than its bookkeeping."""
@@ -50,13 +49,14 @@ class Autocorrelation:
         geometry: of a layer that :func:`applies`; its padding must be zeros.
         channels: C, input channels.
         like: a float64 tensor on the device where the sums shall live.
+        scratch: memory for temporaries.
 
     ``full`` (C, C/G, kh, 2 kw - 1) holds the sums at row offsets 0 to kh - 1 and column offsets -(kw - 1) to kw - 1;
     ``row``, ``column`` and ``corner`` the same for single lines, by line (negative: from the end) and offset across.
     """
 
-    def __init__(self, geometry: Geometry, channels: int, like: Tensor) -> None:
-        self.geometry, self.channels = geometry, channels
+    def __init__(self, geometry: Geometry, channels: int, like: Tensor, scratch: Scratch) -> None:
+        self.geometry, self.channels, self.scratch = geometry, channels, scratch
         (self.kh, self.kw), (self.rows, self.columns) = geometry.kernel, geometry.padding
         row_taps = [(i, j) for i in range(self.kh) for j in range(i, self.kh)]
         column_taps = list(itertools.product(range(self.kw), repeat=2))
@@ -92,11 +92,13 @@ class Autocorrelation:
 
     def _correlate(self, one: Tensor, other: Tensor, kh: int, kw: int) -> Tensor:
         """Σ one[q] ⊗ other[q + offset], row offsets 0..kh-1 and column offsets -(kw-1)..kw-1: (C, C/G, kh, 2kw-1)."""
-        padded = F.pad(other, (0, 0, 0, kh - 1))
+        height = other.shape[2]
+        padded = self.scratch.like("padded", other, (*other.shape[:2], height + kh - 1, other.shape[3]))
+        padded[:, :, :height].copy_(other)
+        padded[:, :, height:].zero_()
         offsets = Geometry((kh, 2 * kw - 1), (1, 1), (1, 1), ((0, 0), (kw - 1, kw - 1)), "zeros", self.geometry.groups)
         # One is the output gradient, so its taps are the offsets.
-        gradient = cross_sum(padded, one, offsets)
-        return gradient.view(self.channels, -1, kh, 2 * kw - 1)
+        return cross_sum(padded, one, offsets)
 
     def gram(self) -> Tensor:
         """Σ x xᵀ over all patches so far, (G, D, D)."""

@@ -156,7 +156,7 @@ class Reader(nn.Module):
         self.mean_t.copy_(centre)
         self.unit.copy_(square.sqrt().where(square > 0, 1.0))
         if self.criterion == "positive":
-            mean_x = cross_sum(x, counts, geometry) / total[:, None]
+            mean_x = cross_sum(x, counts, geometry).flatten(1) / total[:, None]
         else:
             mean_x = mean.repeat_interleave(len(self.unit) // len(mean), 0)
         above, below = ((counts * part * u).sum(axes) / total for part in (gate, ~gate))
