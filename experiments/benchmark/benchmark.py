@@ -3,8 +3,9 @@
 Everything runs in one process, interleaved, on the same batch: each repeat times every row once, and a row's ratio is
 taken repeat by repeat against that repeat's forward pass, so that a machine whose speed drifts does not mislead.
 
-The floor of a row is the larger of two times: its operations (torch's own count) over the rate of a large matrix
-product, and the bytes that its operations read and write over the rate of a large copy, both measured here.
+The floor of a row is the larger of two times: its operations (torch's own count) over the rate of large matrix
+products (or of a large convolution, where that is faster), and the bytes that its operations read and write over the
+rate of a large copy, both measured here.
 """
 
 from __future__ import annotations
@@ -176,12 +177,16 @@ def best(function: Callable[[], object], cuda: bool, repeats: int = 5) -> float:
 
 
 def rates(device: str) -> tuple[float, float]:
-    """Operations per second of large float32 matrix products, and bytes per second of a large copy (read and
-    written): the best that was seen of each."""
+    """Operations per second of large float32 products, and bytes per second of a large copy (read and written): the
+    best that was seen of each."""
     cuda, matrix = device == "cuda", 0.0
     for side in (2048, 4096):
         a, b = (torch.randn(side, side, device=device) for _ in range(2))
         matrix = max(matrix, 2 * side**3 / best(lambda a=a, b=b: a @ b, cuda))
+    # On some processors torch's convolutions come from a faster library than its matrix products.
+    layer, x = nn.Conv2d(512, 512, 3, padding=1).to(device), fast_layout(torch.randn(4, 512, 28, 28, device=device))
+    with torch.no_grad():
+        matrix = max(matrix, 2 * 4 * 28**2 * 9 * 512**2 / best(lambda: layer(x), cuda))
     source, target = (torch.zeros(2**26, device=device) for _ in range(2))
     return matrix, 2 * 4 * 2**26 / best(lambda: target.copy_(source), cuda)
 
@@ -269,21 +274,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", help="safetensors with VGG-16's features.*; random otherwise")
     parser.add_argument("--images", help="folder of photographs for VGG-16; Gaussian noise otherwise")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batch", type=int, nargs="+", default=[4, 8], help="images; 64 times as many for small_vgg")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
     matrix, copy = rates(options.device)
-    built = networks(options.weights, options.images, options.batch, options.device)
     tables = []
-    for name, (model, x) in built.items():
+    built = {}
+    for batch in options.batch:
+        built |= {
+            (n, batch): pair for n, pair in networks(options.weights, options.images, batch, options.device).items()
+        }
+    for (name, _), (model, x) in built.items():
         tables.append(measure(model, x, options.repeats, matrix, copy).assign(network=name, batch=len(x)))
         shown = tables[-1].drop(columns=["network", "batch"])
         print(f"{name}, batch {len(x)}\n{shown.round(3).to_string(index=False)}\n", flush=True)
     tables.append(solving(options.device))
     print(tables[-1].round(2).to_string(index=False))
-    errors = sampling_error(*built["vgg16 conv layers"])
+    errors = sampling_error(*built["vgg16 conv layers", options.batch[-1]])
     print(f"\n{POSITIONS:.0%} of positions, error of a\n{errors.round(3).to_string(index=False)}")
     errors.to_csv(options.output / "positions.csv", index=False)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
