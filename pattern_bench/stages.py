@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from pattern_bench.cache import Cache, key_of
 from pattern_bench.config import build
-from pattern_bench.core.backward import InputTimesGradient, PatternAttribution, PatternNet
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.degradation import area_over_curve, random_ranks
 from pattern_bench.core.estimators import Estimator, Pattern
@@ -28,6 +27,8 @@ from pattern_bench.core.quality import CRITERIA, Probe, Target, rho
 from pattern_bench.data.source import Source
 from pattern_bench.data.splits import SPLITS, Split, Unreadable, joined, make_splits
 from pattern_bench.errors import UserError, did_you_mean
+from pattern_bench.methods.patterns import LrpZ as InputTimesGradient
+from pattern_bench.methods.patterns import PatternAttribution, PatternNet
 from pattern_bench.models.source import ModelSource, Training, fingerprint
 from pattern_bench.progress import Bar, LightningBar
 from pattern_bench.results import rho_rows

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from pattern_bench.core.backward import Gradient, PatternAttribution
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.degradation import degraded, random_ranks
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.layers import geometry_of, patches
 from pattern_bench.core.network import collecting, layers_in_order
+from pattern_bench.methods.gradients import Gradient
+from pattern_bench.methods.patterns import PatternAttribution
 from pattern_bench.models.small import SmallVGG
 from pattern_bench.models.source import load_weights, read_weights
 from pattern_bench.streams import fast_layout
