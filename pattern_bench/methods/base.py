@@ -61,18 +61,21 @@ class Method:
 
         Raises:
             UserError: where the network is in training mode, or cannot take the inputs; where these hold a NaN or
-                an infinite value; where the target is out of range.
+                an infinite value; where the target is out of range; where the result is not finite.
         """
         self._check_model()
         self._check_inputs(inputs)
-        classes = self._classes(inputs, target)
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(inputs.device.type, enabled=False),
         ):
-            result = self._attribute(inputs.detach().clone(), classes)
-        result = result.detach()
+            result = self._attribute(inputs.detach().clone(), self._classes(inputs, target)).detach()
+        if not result.isfinite().all():
+            raise UserError(
+                f"{self.name}: the explanation is not finite, beyond what {result.dtype} holds: give model.double() "
+                "and inputs.double(), or other patterns where the method has them"
+            )
         if inputs.requires_grad and torch.is_grad_enabled():
             return _NotDifferentiable.apply(inputs, result, self.name)
         return result

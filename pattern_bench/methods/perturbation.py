@@ -84,7 +84,7 @@ class Occlusion(_Windowed):
         channels = x.shape[1:2] if x.ndim > 2 else ()
         side = self._side(spatial)
         stride = self._checked_stride(self.stride or max(1, side // 2), side)
-        return CaptumOcclusion(self._logits).attribute(
+        found = CaptumOcclusion(self._logits).attribute(
             x,
             sliding_window_shapes=(*channels, *[side] * len(spatial)),
             strides=(*channels, *[stride] * len(spatial)),
@@ -92,6 +92,7 @@ class Occlusion(_Windowed):
             target=self._resolved(x, target),
             perturbations_per_eval=max(1, self.batch_size // len(x)),
         )
+        return found.to(x)  # captum's windows are float32 whatever the images are
 
 
 class PredictionDifference(_Windowed):
@@ -163,16 +164,6 @@ class PredictionDifference(_Windowed):
         stride = self._checked_stride(self.stride or widest, side)
         places = [[*range(0, size - side, stride), size - side] for size in spatial]
         corners = list(itertools.product(*places))
-        if self.reference is None and len(x) == 1:
-            raise UserError(
-                f"{self.name}: one image and no reference: the window's other contents come from other images, so "
-                "give a reference, or a batch of at least two"
-            )
-        if self.reference is not None and self.reference.shape[1:] != shape[1:]:
-            raise UserError(
-                f"{self.name}: reference has shape {tuple(self.reference.shape)} and inputs {tuple(shape)}: give "
-                "reference images of the inputs' size"
-            )
         images = x.reshape(len(x), -1, *spatial)
         found = []
         with torch.no_grad():
@@ -181,6 +172,16 @@ class PredictionDifference(_Windowed):
                 raise UserError(
                     f"{self.name}: {type(self.model).__name__} has one output, and a class's probability needs at "
                     "least two: choose another method, such as occlusion"
+                )
+            if self.reference is None and len(x) == 1:
+                raise UserError(
+                    f"{self.name}: one image and no reference: the window's other contents come from other images, so "
+                    "give a reference, or a batch of at least two"
+                )
+            if self.reference is not None and self.reference.shape[1:] != shape[1:]:
+                raise UserError(
+                    f"{self.name}: reference has shape {tuple(self.reference.shape)} and inputs {tuple(shape)}: give "
+                    "reference images of the inputs' size"
                 )
             classes = self._target(logits, target).tolist()
             content: _Marginal | _Conditional | None = None
