@@ -338,6 +338,31 @@ def test_modified_relus_equal_captums_on_relu_modules(ours, theirs):
     torch.testing.assert_close(ours(sequential(inplace=True)).attribute(x, 1), expected)
 
 
+class ResidualModules(nn.Module):
+    """A ReLU module whose input has another reader, and one that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.relu, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.a(x)
+        x = self.relu(x) + x
+        return self.head(self.relu(self.b(x)))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(GuidedBackProp, "GuidedBackprop"), (DeConvNet, "DeconvNet")])
+def test_modified_relus_equal_zennits_on_relu_modules(ours, theirs):
+    attribution = pytest.importorskip("zennit.attribution")
+    composites = pytest.importorskip("zennit.composites")
+    for model, x in ((sequential(), images(3)), (seeded(ResidualModules()), torch.randn(3, 6).double())):
+        found = ours(model).attribute(x, 1)
+        with attribution.Gradient(model, getattr(composites, theirs)()) as their:
+            _, expected = their(x.clone(), torch.eye(3).double()[[1] * 3])
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("kind", [GuidedBackProp, DeConvNet])
 def test_modified_relus_do_not_depend_on_how_they_are_written(kind):
     x = images(3)

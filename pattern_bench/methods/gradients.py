@@ -1,8 +1,9 @@
 """The gradient, and the baselines that are made of gradients.
 
-DeConvNet and Guided BackProp are the suite's own: captum and zennit replace the gradient of ``nn.ReLU`` modules only,
-without a word where a ReLU is a function, and captum's hooks mistake a tensor with several readers, as in residual
-networks, and modules that are used several times. Integrated Gradients and SmoothGrad are captum's.
+DeConvNet and Guided BackProp are the suite's own: captum and zennit change the gradient of ReLU modules only, and
+silently leave a ReLU that is a function as it is; where a ReLU's input has another reader, as in residual networks,
+captum changes that one's gradient too. On plain networks of ReLU modules all three agree. Integrated Gradients and
+SmoothGrad are captum's.
 """
 
 from __future__ import annotations
