@@ -52,7 +52,9 @@ class Collector:
         seed: of the positions.
     """
 
-    def __init__(self, layer: Layer, gram: bool, memory: int = MEMORY, positions: float = 1.0, seed: int = 0) -> None:
+    def __init__(
+        self, layer: Layer, gram: bool, memory: int = MEMORY, positions: float = 1.0, seed: int = 0
+    ) -> None:
         self.layer, self.memory, self.positions = layer, memory, positions
         self.generator = torch.Generator().manual_seed(seed)
         self.geometry = geometry_of(layer)
@@ -120,7 +122,9 @@ class Collector:
         p = patches_at(x, self.geometry, positions)
         # One image of B·M positions, (1, N, B·M).
         index = positions[:, None].expand(-1, y.shape[1], -1)
-        y, positive = (t.flatten(2).gather(2, index).transpose(0, 1).reshape(1, y.shape[1], -1) for t in (y, positive))
+        y, positive = (
+            t.flatten(2).gather(2, index).transpose(0, 1).reshape(1, y.shape[1], -1) for t in (y, positive)
+        )
 
         def product(maps: Tensor) -> Tensor:
             return scale * (maps.view(self.groups, -1, maps.shape[2]) @ p).flatten(0, 1)
