@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from pattern_bench.cache import Cache, key_of
 from pattern_bench.config import build
-from pattern_bench.core.backward import InputTimesGradient, PatternAttribution, PatternNet
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.degradation import area_over_curve, random_ranks
 from pattern_bench.core.estimators import Estimator, Pattern
@@ -29,6 +28,8 @@ from pattern_bench.core.quality import CLOSED_FORM, CRITERIA
 from pattern_bench.data.source import Source
 from pattern_bench.data.splits import SPLITS, Split, Unreadable, joined, make_splits
 from pattern_bench.errors import UserError, did_you_mean
+from pattern_bench.methods.patterns import LrpZ as InputTimesGradient
+from pattern_bench.methods.patterns import PatternAttribution, PatternNet
 from pattern_bench.models.source import ModelSource, Training, fingerprint
 from pattern_bench.progress import Bar, LightningBar
 from pattern_bench.streams import AccuracyStream, DegradationStream, Learner, MomentStream, Seen, fast_layout

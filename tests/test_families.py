@@ -11,13 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import models
 
 from pattern_bench.config import build
-from pattern_bench.core.backward import PatternAttribution
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Pattern, TwoRegimes
 from pattern_bench.core.layers import LAYER_TYPES, geometry_of, patches
 from pattern_bench.core.network import collecting, layers_in_order
 from pattern_bench.errors import UserError
+from pattern_bench.methods.patterns import PatternAttribution
 
 # name: batch norms that no layer directly precedes, and which stay
 TORCHVISION = {

@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torchvision import models
 
-from pattern_bench.core.backward import Gradient, PatternAttribution
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.degradation import degraded, random_ranks
 from pattern_bench.core.estimators import Filter, Linear, Pattern, Random, TwoRegimes
@@ -35,6 +34,8 @@ from pattern_bench.core.network import collecting, layers_in_order
 from pattern_bench.core.quality import CLOSED_FORM, Probe, Target, rho
 from pattern_bench.data.folder import FolderPool
 from pattern_bench.data.source import photograph_transform
+from pattern_bench.methods.gradients import Gradient
+from pattern_bench.methods.patterns import PatternAttribution
 from pattern_bench.models.small import SmallVGG
 from pattern_bench.models.source import load_weights, read_weights
 from pattern_bench.streams import fast_layout

@@ -1,37 +1,44 @@
-"""Explanations of a whole network: the gradient, with a pattern in the place of each layer's weight.
+"""Another way back through a network: replaced weights, and replaced gradients of its ReLUs.
 
-PatternNet propagates a₊ and PatternAttribution w ⊙ a₊ (Kindermans et al. 2018, section 4). ReLU gates, pooling
-switches and every other operation keep their own gradient. The network itself is not changed: while an
-explanation runs, each layer's ``forward`` is shadowed by one that computes the same output and remembers
-another weight for the way back.
+The network itself is not changed, nor copied, nor run twice: while ``replaced_weights`` is active, each layer's
+``forward`` is shadowed by one that computes the same output and remembers another weight for the way back; while
+``Rectifiers`` is active, every ReLU computes the same output and remembers another rule. Pooling switches and every
+other operation keep their own gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
-from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.layers import Layer, geometry_of, pad
+from pattern_bench.errors import UserError
+
+# --- layers ---
 
 
 class _Replaced(torch.autograd.Function):
     """A layer's own forward; backward as if its weight had been ``replacement``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, replacement: Tensor) -> Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
-        ctx.save_for_backward(replacement)
-        return type(layer).forward(layer, x)  # type: ignore[arg-type]
+    def forward(ctx: Any, x: Tensor, layer: Layer, forward: Callable[[Tensor], Tensor], replacement: Tensor) -> Tensor:
+        # Kept as an attribute and not by save_for_backward, so that own_weight_in_output_layers can change it.
+        ctx.layer, ctx.shape, ctx.replacement = layer, x.shape, replacement
+        return forward(x)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (replacement,), (grad,) = ctx.saved_tensors, grad_outputs
-        return _transposed(ctx.layer, replacement, grad, ctx.shape), None, None
+    @once_differentiable  # what follows the layer was computed with its own weight, so autograd's second would be wrong
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        return _transposed(ctx.layer, ctx.replacement, grad_outputs[0], ctx.shape), None, None, None
+
+
+_BACKWARD: Any = getattr(_Replaced, "_backward_cls")  # noqa: B009, the type of the graph's nodes, unknown to mypy
 
 
 def _transposed(layer: Layer, weight: Tensor, grad: Tensor, shape: torch.Size) -> Tensor:
@@ -61,84 +68,131 @@ def _transposed(layer: Layer, weight: Tensor, grad: Tensor, shape: torch.Size) -
 
 
 @contextmanager
-def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within, back-propagation through the named layers uses ``weights`` (each in its layer's weight's shape)."""
-    layers: list[nn.Module] = []
+def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor | None]) -> Iterator[None]:
+    """Within, back-propagation through the named layers uses ``weights``, each in its layer's weight's shape.
+
+    Raises:
+        UserError: on a forward pass through a layer whose weight here is None.
+    """
+    shadowed: list[tuple[nn.Module, Any]] = []
     try:
         for name, weight in weights.items():
             layer = model.get_submodule(name)
-            layers.append(layer)
-
-            def forward(x: Tensor, layer: Any = layer, weight: Tensor = weight) -> Tensor:
-                return _Replaced.apply(x, layer, weight)
-
-            layer.forward = forward
+            shadowed.append((layer, layer.__dict__.get("forward")))
+            layer.forward = _shadow(name, layer, weight)
         yield
     finally:
-        for layer in layers:
+        for layer, before in reversed(shadowed):
             layer.__dict__.pop("forward", None)
+            if before is not None:
+                layer.forward = before
 
 
-def output_of_target(logits: Tensor, target: Tensor | None) -> Tensor:
-    """The output (B,) that an explanation starts from: class ``target`` (B,), or the predicted one for None."""
-    target = logits.argmax(1) if target is None else target
-    return logits.gather(1, target[:, None]).squeeze(1)
+def _shadow(name: str, layer: Any, weight: Tensor | None) -> Callable[[Tensor], Tensor]:
+    original = layer.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if weight is None:
+            raise UserError(
+                f"layer {name} ({type(layer).__name__}) runs and has no pattern, and a whole network's explanation "
+                "needs the patterns of all its layers: fit patterns with layer=all"
+            )
+        return _Replaced.apply(x, layer, original, weight)
+
+    return forward
 
 
-class Gradient:
-    """The gradient of the target's output with respect to the input."""
+def own_weight_in_output_layers(output: Tensor) -> None:
+    """After a forward pass with replaced weights, gives the output layers their own weight back for the way back.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def attribute(self, inputs: Tensor, target: Tensor | None = None) -> Tensor:
-        with torch.enable_grad():
-            x = inputs.detach().clone().requires_grad_()
-            return torch.autograd.grad(output_of_target(self.model(x), target).sum(), x)[0]
-
-
-class InputTimesGradient(Gradient):
-    """Input ⊙ gradient: S_x in a whole network, LRP's z-rule for ReLU networks."""
-
-    def attribute(self, inputs: Tensor, target: Tensor | None = None) -> Tensor:
-        return inputs * super().attribute(inputs, target)
+    An output layer is one with no other layer between it and ``output``; a sum of two heads has two.
+    """
+    nodes, seen = [output.grad_fn], set()
+    while nodes:
+        node: Any = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, _BACKWARD):
+            node.replacement = node.layer.weight.detach()
+        else:
+            nodes += [before for before, _ in node.next_functions]
 
 
-class _PatternMethod:
-    """Starts from the target's output y and goes back with another weight in each layer."""
-
-    def __init__(self, model: nn.Module, patterns: Mapping[str, Pattern]) -> None:
-        self.model = model
-        parameters = {name: getattr(model.get_submodule(name), "weight") for name in patterns}  # noqa: B009
-        self.weights = {
-            name: self.backward_weight(parameters[name].detach(), pattern.positive.to(parameters[name]))
-            for name, pattern in patterns.items()
-        }
-
-    @staticmethod
-    def backward_weight(weight: Tensor, pattern: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def attribute(self, inputs: Tensor, target: Tensor | None = None) -> Tensor:
-        """One value per input value, in the input's shape; ``target`` (B,) or the predicted class."""
-        weights = {name: weight.to(inputs.device) for name, weight in self.weights.items()}
-        with torch.enable_grad(), replaced_weights(self.model, weights):
-            x = inputs.detach().clone().requires_grad_()
-            output = output_of_target(self.model(x), target)
-            return torch.autograd.grad(output, x, output.detach())[0]
+# --- ReLUs ---
 
 
-class PatternNet(_PatternMethod):
-    """The signal: what the network saw in the input that made it answer so."""
+class _Rectified(torch.autograd.Function):
+    """A ReLU's own forward; backward lets only positive values pass, where ``gated`` only through open gates."""
 
     @staticmethod
-    def backward_weight(weight: Tensor, pattern: Tensor) -> Tensor:
-        return pattern
-
-
-class PatternAttribution(_PatternMethod):
-    """The attribution: how much each input value's signal contributed to the answer."""
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], gated: bool) -> Tensor:
+        y = function(x)
+        ctx.gated = gated
+        if gated:  # a ReLU passes what it puts out unchanged, where it has a gradient
+            ctx.save_for_backward((y == x) & (y != 0))
+        return y
 
     @staticmethod
-    def backward_weight(weight: Tensor, pattern: Tensor) -> Tensor:
-        return weight * pattern
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        passed = grad_outputs[0].clamp(min=0)
+        return passed * ctx.saved_tensors[0] if ctx.gated else passed, None, None
+
+
+_RELUS = ("relu", "relu_", "relu6")
+_CLAMPS = ("clamp", "clamp_", "clamp_min", "clamp_min_", "clip", "clip_", "hardtanh", "hardtanh_")
+_OTHERS = (
+    "gelu", "silu", "silu_", "mish", "hardswish", "hardswish_", "leaky_relu", "leaky_relu_", "rrelu", "rrelu_",
+    "prelu", "elu", "elu_", "celu", "celu_", "selu", "selu_", "softplus", "threshold", "threshold_",
+)  # fmt: skip
+_POSITIONS = {"hardtanh": ("min_val", "max_val"), "clamp": ("min", "max"), "clip": ("min", "max")}
+
+
+class Rectifiers(TorchFunctionMode):
+    """Within, the gradient of every ReLU lets only positive values pass back; ``gated``: only where it fired.
+
+    ``gated`` is Guided BackProp, otherwise DeConvNet. ReLUs are met where they are computed, so it makes no
+    difference whether they are modules (also one that is used several times), functions or methods, in place or not.
+    ReLU6, and a clamp from 0, are ReLUs too. Sigmoid, tanh and the like keep their own gradient.
+
+    Raises:
+        UserError: where the network rectifies with another function, for which the two methods are not defined.
+    """
+
+    def __init__(self, gated: bool, method: str) -> None:
+        super().__init__()
+        self.gated, self.method = gated, method
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _OTHERS:
+            raise UserError(
+                f"{self.method} is defined for networks with ReLU or ReLU6, and this one computes {name}: "
+                "choose another method or network"
+            )
+        x = args[0] if args else kwargs.get("input")
+        if not (name in _RELUS or (name in _CLAMPS and _from_zero(name, args, kwargs))):
+            return func(*args, **kwargs)
+        if not (isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()):
+            return func(*args, **kwargs)
+
+        in_place = False
+
+        def function(value: Tensor) -> Tensor:
+            nonlocal in_place
+            value = value.clone()
+            y = func(value, *args[1:], **{key: setting for key, setting in kwargs.items() if key != "input"})
+            in_place = y is value
+            return y
+
+        y = _Rectified.apply(x, function, self.gated)
+        return x.copy_(y) if in_place else y  # whoever else reads x must see what the network would have put there
+
+
+def _from_zero(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a clamp is a ReLU with or without an upper end."""
+    low, high = _POSITIONS.get(name.removesuffix("_"), ("min", "max"))
+    bounds = {low: None, high: None, **dict(zip((low, high), args[1:3], strict=False)), **kwargs}
+    return isinstance(bounds[low], int | float) and bounds[low] == 0

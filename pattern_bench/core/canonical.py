@@ -58,7 +58,7 @@ def canonical(model: nn.Module, example: Tensor) -> nn.Module:
             _replace(network, layer, plain)
     for layer, norm in _foldable(network, example, name):
         _replace(network, layer, fuse_conv_bn_eval(layer, norm))  # which does for Linear too
-        _replace(network, norm, _after(norm))
+        _replace(network, norm, _after(norm).eval())
     network.requires_grad_(False)
     with torch.no_grad():
         found = network(example)

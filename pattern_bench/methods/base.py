@@ -1,0 +1,246 @@
+"""What all explanation methods have in common: one signature, and one place where what they are given is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pattern_bench.core.estimators import Pattern
+from pattern_bench.errors import UserError
+
+
+class Method:
+    """Base of the explanation methods.
+
+    A method explains one output of a network, before the softmax: the target's. ``kind`` tells what its answer means
+    (Kindermans et al. 2018, section 3): ``function`` (how the output reacts), ``signal`` (what in the input the
+    network detected) or ``attribution`` (how much each input value contributed).
+
+    A new method is a class with these attributes and ``_attribute``, and a YAML file.
+
+    Args:
+        model: the network, in evaluation mode; what layer-wise methods need, it is to be in canonical form
+            (``pattern_bench.core.canonical``). It is never changed.
+
+    Raises:
+        UserError: where the model is no module, or compiled by TorchScript.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[str]
+    needs_patterns: ClassVar[bool] = False
+    takes_reference: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise UserError(f"{self.name}: model is a {type(model).__name__}: give a torch.nn.Module")
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            raise UserError(
+                f"{self.name}: {type(model).__name__} is compiled by TorchScript, which hides its layers: give the "
+                "Python module it was made from"
+            )
+        self.model = model
+
+    def attribute(self, inputs: Tensor, target: Tensor | int | None = None) -> Tensor:
+        """The explanation of one output for each image.
+
+        Works the same inside ``torch.no_grad`` and ``torch.inference_mode``, and computes in the network's own
+        precision inside ``torch.autocast``. The result is not differentiable: where ``inputs`` require a gradient,
+        asking for it raises a UserError.
+
+        Args:
+            inputs: (B, ...), as the network takes them.
+            target: the class to explain, (B,) integers or one for all; None for the predicted one.
+
+        Returns:
+            One value per input value, in the shape of ``inputs``.
+
+        Raises:
+            UserError: where the network is in training mode, or cannot take the inputs; where these hold a NaN or
+                an infinite value; where the target is out of range; where the result is not finite.
+        """
+        self._check_model()
+        self._check_inputs(inputs)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(inputs.device.type, enabled=False),
+        ):
+            result = self._attribute(inputs.detach().clone(), self._classes(inputs, target)).detach()
+        if not result.isfinite().all():
+            raise UserError(
+                f"{self.name}: the explanation is not finite, beyond what {result.dtype} holds: give model.double() "
+                "and inputs.double(), or other patterns where the method has them"
+            )
+        if inputs.requires_grad and torch.is_grad_enabled():
+            return _NotDifferentiable.apply(inputs, result, self.name)
+        return result
+
+    def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
+        """The same for checked inputs, which are a copy, and checked targets (B,); gradients are enabled."""
+        raise NotImplementedError
+
+    # --- what methods are made of ---
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """The network's outputs, (B, K)."""
+        try:
+            logits = self.model(x.clone())  # whose first operation may be in place
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{self.name}: {type(self.model).__name__} cannot take inputs of shape {tuple(x.shape)} ({why}): give "
+                "images of the size and channels that it is made for"
+            ) from error
+        if not isinstance(logits, Tensor):
+            raise UserError(
+                f"{self.name}: {type(self.model).__name__} returns a {type(logits).__name__}: it must return one "
+                "tensor of outputs"
+            )
+        if logits.ndim != 2 or len(logits) != len(x):
+            raise UserError(
+                f"{self.name}: {type(self.model).__name__} makes outputs of shape {tuple(logits.shape)} from inputs "
+                f"of shape {tuple(x.shape)}: give a batch of images, to a network with one row of outputs for each"
+            )
+        return logits
+
+    def _target(self, logits: Tensor, target: Tensor | None) -> Tensor:
+        """The classes to explain, (B,)."""
+        if target is None:
+            return logits.detach().argmax(1)
+        outside = target[(target < 0) | (target >= logits.shape[1])]
+        if len(outside):
+            raise UserError(
+                f"{self.name}: target={int(outside[0])} is out of range: the network has {logits.shape[1]} outputs, "
+                f"so give 0 to {logits.shape[1] - 1}, or None for the predicted class"
+            )
+        return target
+
+    def _output(self, x: Tensor, target: Tensor | None) -> Tensor:
+        """The output to explain, (B,)."""
+        logits = self._logits(x)
+        return logits.gather(1, self._target(logits, target)[:, None]).squeeze(1)
+
+    def _resolved(self, x: Tensor, target: Tensor | None) -> Tensor:
+        """The classes to explain, (B,), from a forward pass of their own."""
+        with torch.no_grad():
+            return self._target(self._logits(x), target)
+
+    def _gradient(self, output: Tensor, x: Tensor, start: Tensor | None = None) -> Tensor:
+        """Back-propagates ``start`` (B,), one by default, from ``output`` (B,) to ``x``."""
+        if not output.requires_grad:
+            raise UserError(
+                f"{self.name}: the output of {type(self.model).__name__} has no gradient with respect to its input: "
+                "make its forward differentiable, without no_grad or detach"
+            )
+        return torch.autograd.grad(output, x, torch.ones_like(output) if start is None else start)[0]
+
+    # --- checks ---
+
+    def _check_model(self) -> None:
+        training = [name for name, module in self.model.named_modules() if module.training]
+        if training:
+            where = training[0] or "at the root"
+            raise UserError(
+                f"{self.name}: {type(self.model).__name__} is in training mode (module {where}): call "
+                "model.eval() first"
+            )
+        if any(parameter.is_inference() for parameter in self.model.parameters()):
+            raise UserError(
+                f"{self.name}: {type(self.model).__name__} was made inside torch.inference_mode, so it has no "
+                "gradients: make it outside"
+            )
+
+    def _check_inputs(self, inputs: Tensor) -> None:
+        if not isinstance(inputs, Tensor):
+            raise UserError(f"{self.name}: inputs is a {type(inputs).__name__}: give a tensor")
+        shape = tuple(inputs.shape)
+        if inputs.ndim < 2 or not inputs.numel():
+            raise UserError(f"{self.name}: inputs has shape {shape}: give a batch of at least one image, (B, ...)")
+        parameters = [parameter for parameter in self.model.parameters() if parameter.is_floating_point()]
+        dtypes = {parameter.dtype for parameter in parameters} or {inputs.dtype}
+        if not inputs.is_floating_point() or inputs.dtype not in dtypes:
+            wanted = sorted(map(str, dtypes))[0] if parameters else "torch.float32"
+            raise UserError(
+                f"{self.name}: inputs has dtype {inputs.dtype}, and {type(self.model).__name__} computes in {wanted}: "
+                f"give inputs.to({wanted})"
+            )
+        devices = {parameter.device for parameter in parameters} or {inputs.device}
+        if inputs.device not in devices:
+            wanted = sorted(map(str, devices))[0]
+            raise UserError(
+                f"{self.name}: inputs is on {inputs.device} and the network on {wanted}: give inputs.to('{wanted}')"
+            )
+        finite = inputs.detach().flatten(1).isfinite().all(1)
+        if not finite.all():
+            image = int((~finite).nonzero()[0])
+            what = "NaN" if inputs[image].isnan().any() else "an infinite value"
+            raise UserError(f"{self.name}: image {image} of inputs holds {what}: leave it out, or mend it")
+
+    def _classes(self, inputs: Tensor, target: Any) -> Tensor | None:
+        if target is None:
+            return None
+        if isinstance(target, int) and not isinstance(target, bool):
+            return torch.full((len(inputs),), target, device=inputs.device)
+        whole = isinstance(target, Tensor) and not (
+            target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
+        )
+        if not whole or target.shape not in ((), (len(inputs),)):
+            what = f"{target.dtype} of shape {tuple(target.shape)}" if isinstance(target, Tensor) else repr(target)
+            raise UserError(
+                f"{self.name}: target={what} is not possible: give one whole number, a tensor of {len(inputs)} (one "
+                "for each image), or None for the predicted class"
+            )
+        return target.detach().to(inputs.device, torch.int64).expand(len(inputs)).clone()
+
+    def _check_setting(self, setting: str, value: Any, possible: bool, remedy: str) -> None:
+        if not possible:
+            raise UserError(f"{self.name}: {setting}={value} is not possible: give {remedy}")
+
+    def _check_whole(self, setting: str, value: Any, least: int = 1) -> None:
+        possible = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        self._check_setting(setting, value, possible, f"a whole number of at least {least}")
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """An explanation whose gradient would be silently missing, and is an error instead."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, result: Tensor, method: str) -> Tensor:
+        ctx.method = method
+        return result.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise UserError(
+            f"{ctx.method}: an explanation cannot be differentiated with respect to its input: give inputs.detach()"
+        )
+
+
+def create(
+    method: partial[Method] | type[Method],
+    model: nn.Module,
+    patterns: Mapping[str, Pattern] | None = None,
+    reference: Tensor | None = None,
+) -> Method:
+    """A method from what its YAML file describes, given what it needs of ``patterns`` and ``reference``.
+
+    Args:
+        method: the class, or the ``functools.partial`` that Hydra makes of the YAML file.
+        model: as for the class.
+        patterns: by layer, of any estimator.
+        reference: (R, ...), other images, for methods that replace parts of an image by parts of others.
+    """
+    kind: Any = method.func if isinstance(method, partial) else method
+    given: dict[str, Any] = {}
+    if kind.needs_patterns:
+        given["patterns"] = patterns
+    if kind.takes_reference:
+        given["reference"] = reference
+    return method(model, **given)

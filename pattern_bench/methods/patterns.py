@@ -1,0 +1,188 @@
+"""Methods that go back layer by layer with another weight: PatternNet, PatternAttribution and two DTD rules.
+
+Biases carry no relevance: what a layer's output owes to its bias goes nowhere. ReLU gates, pooling switches and
+every other operation (sums, concatenation, average pools, batch norms that could not be folded) keep their own
+gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from pattern_bench.core.backward import own_weight_in_output_layers, replaced_weights
+from pattern_bench.core.estimators import Pattern
+from pattern_bench.core.layers import LAYER_TYPES
+from pattern_bench.errors import UserError, did_you_mean
+from pattern_bench.methods.base import Method
+
+_UNSUPPORTED = (
+    _ConvTransposeNd, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase,
+    LazyModuleMixin,
+)  # fmt: skip
+"""Modules whose learned weights sum inputs, so that there is something to replace, and which have no patterns."""
+
+
+class _Layerwise(Method):
+    """Back-propagates with another weight in every Conv and Linear layer.
+
+    Raises:
+        UserError: where the model has a module with weights that are not replaced, or that computes its weight.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.layers: dict[str, Any] = {}
+        for name, module in model.named_modules():
+            where = f"{self.name}: module {name or 'at the root'} ({type(module).__name__}) of {type(model).__name__}"
+            if isinstance(module, _UNSUPPORTED):
+                raise UserError(
+                    f"{where} multiplies by learned weights and is none of Conv1d, Conv2d, Conv3d and Linear: rewrite "
+                    "it with these, or choose another network or method"
+                )
+            if isinstance(module, LAYER_TYPES):
+                if "weight" not in module._parameters:
+                    raise UserError(
+                        f"{where} computes its weight: bring the network into canonical form first "
+                        "(pattern_bench.core.canonical)"
+                    )
+                self.layers[name] = module
+        self.weights: dict[str, Tensor | None] = {}
+
+    def _back(self, x: Tensor, target: Tensor | None, *, from_output: bool, last_layer: str = "positive") -> Tensor:
+        """Goes back from the target's output, or from 1, to the input."""
+        weights = {name: None if weight is None else weight.to(x.device) for name, weight in self.weights.items()}
+        x.requires_grad_()
+        with replaced_weights(self.model, weights):
+            output = self._output(x, target)
+            if last_layer == "weight":
+                own_weight_in_output_layers(output)
+            return self._gradient(output, x, output.detach() if from_output else None)
+
+
+class _PatternMethod(_Layerwise):
+    needs_patterns = True
+
+    def __init__(
+        self, model: nn.Module, patterns: Mapping[str, Pattern] | None = None, last_layer: str = "positive"
+    ) -> None:
+        super().__init__(model)
+        self._check_setting("last_layer", last_layer, last_layer in ("positive", "weight"), "positive or weight")
+        self.last_layer = last_layer
+        if not patterns:
+            raise UserError(f"{self.name} needs patterns, and there are none: fit an estimator that has them first")
+        for name in patterns:
+            if name not in self.layers:
+                raise UserError(
+                    f"{self.name}: the patterns' layer {name} is no layer of the network: "
+                    f"{did_you_mean(name, self.layers)}"
+                )
+        for name, layer in self.layers.items():
+            # A layer that never runs, such as an auxiliary head, needs no pattern: None is an error once it does.
+            pattern = patterns.get(name)
+            weight = layer.weight.detach()
+            self.weights[name] = None if pattern is None else self._replacement(name, weight, pattern)
+
+    def _replacement(self, name: str, weight: Tensor, pattern: Pattern) -> Tensor:
+        positive = pattern.positive
+        if tuple(positive.shape) not in (tuple(weight.shape), tuple(weight.flatten(1).shape)):
+            raise UserError(
+                f"{self.name}: the pattern of layer {name} has shape {tuple(positive.shape)} and its weight "
+                f"{tuple(weight.shape)}: give patterns fitted on this network"
+            )
+        if not positive.isfinite().all():
+            raise UserError(f"{self.name}: the pattern of layer {name} is not finite: fit it again on finite images")
+        return self.backward_weight(weight, positive.to(weight).view_as(weight))
+
+    @staticmethod
+    def backward_weight(weight: Tensor, pattern: Tensor) -> Tensor:
+        """What stands in the place of ``weight``; all three have its shape."""
+        raise NotImplementedError
+
+    def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
+        return self._back(x, target, from_output=True, last_layer=self.last_layer)
+
+
+class PatternNet(_PatternMethod):
+    """The signal: what the network saw in the input that made it answer so (Kindermans et al. 2018, section 4).
+
+    Goes back from the target's output y as the gradient does, with the pattern a₊ in the place of each weight.
+
+    Args:
+        model: as for every method.
+        patterns: of any estimator, by layer, each in its weight's shape or (N, D); of every layer that runs. They
+            belong to the weights that the model has now.
+        last_layer: what the output layer propagates: ``positive``, a₊ as every other layer, or its ``weight``.
+
+    Raises:
+        UserError: where patterns are missing, not finite, or of another network.
+    """
+
+    name = "pattern_net"
+    kind = "signal"
+
+    @staticmethod
+    def backward_weight(weight: Tensor, pattern: Tensor) -> Tensor:
+        return pattern
+
+
+class PatternAttribution(_PatternMethod):
+    """The attribution: how much each input value's signal contributed to the answer (Kindermans et al. 2018,
+    section 4).
+
+    As :class:`PatternNet`, with w ⊙ a₊ in the place of each weight: deep Taylor decomposition whose root point is the
+    distractor. The arguments and errors are those of PatternNet; ``last_layer=weight`` propagates w there.
+    """
+
+    name = "pattern_attribution"
+    kind = "attribution"
+
+    @staticmethod
+    def backward_weight(weight: Tensor, pattern: Tensor) -> Tensor:
+        return weight * pattern
+
+
+class DtdW2(_Layerwise):
+    """The w²-rule of deep Taylor decomposition in every layer (Montavon et al. 2017, section 4.1).
+
+    Goes back from the target's output y with w² / ‖w‖² in the place of each weight: PatternAttribution with S_w's
+    patterns, w / wᵀw. A neuron without weights passes nothing on.
+    """
+
+    name = "dtd_w2"
+    kind = "attribution"
+
+    def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
+        self.weights = {name: _w2(layer.weight.detach()) for name, layer in self.layers.items()}
+        return self._back(x, target, from_output=True)
+
+
+def _w2(weight: Tensor) -> Tensor:
+    squares = weight.square()
+    total = squares.flatten(1).sum(1).view(-1, *[1] * (weight.ndim - 1))
+    return torch.where(total > 0, squares / total, 0.0)
+
+
+class LrpZ(_Layerwise):
+    """The z-rule of layer-wise relevance propagation in every layer (Bach et al. 2015, Eq. 56).
+
+    A neuron with output y and relevance R gives its input i the share x_i w_i R / y. With the relevance per unit of
+    activation, c = R / x, that is c_i = Σ w_i c over the neurons whose ReLU is open: one pass back with each layer's
+    own weight, and one product with the input at the end, without a division by a small y (Shrikumar et al. 2016).
+    So the rule equals input × gradient in networks of ReLUs, max pools and linear operations. The share of a bias b,
+    b R / y, goes nowhere: without biases the relevance sums to the output, otherwise to the output less what the
+    biases contributed. Other operations keep their own gradient, so the sum is not conserved through a smooth
+    activation.
+    """
+
+    name: ClassVar[str] = "lrp_z"
+    kind = "attribution"
+
+    def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
+        self.weights = {name: layer.weight.detach() for name, layer in self.layers.items()}
+        return self._back(x, target, from_output=False) * x.detach()
