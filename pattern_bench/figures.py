@@ -19,8 +19,12 @@ from pattern_bench.results import ESTIMATORS, ordered, standard_errors
 
 DPI = 200
 LABELS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
-METHODS = {"random_order": "random order", "pattern_net": "PatternNet", "pattern_attribution": "PatternAttribution",
-           "lrp_z": "input × gradient"}  # fmt: skip
+METHODS = {
+    "random_order": "random order", "pattern_net": "PatternNet", "pattern_attribution": "PatternAttribution",
+    "lrp_z": "LRP z-rule", "dtd_w2": "w²-rule", "gradient": "gradient", "deconvnet": "DeConvNet",
+    "guided_backprop": "Guided BackProp", "integrated_gradients": "Integrated Gradients", "smoothgrad": "SmoothGrad",
+    "occlusion": "occlusion", "prediction_difference": "prediction difference",
+}  # fmt: skip
 
 
 def _palette(names: list[str]) -> dict[str, tuple[float, float, float]]:
@@ -99,24 +103,27 @@ def draw_degradation(degradation: pd.DataFrame, path: Path) -> bool:
             1, len(panels), squeeze=False, figsize=(5 * len(panels) + 2, 4), layout="constrained"
         )
     for axis, ((model, data), table) in zip(axes[0], panels, strict=True):
-        palette = _palette(list(table.estimator.unique()))
         curves = {
             (str(name), str(method)): curve.sort_values("step")
             for (name, method), curve in table.groupby(["estimator", "method"])
         }
-        methods = {method for _, method in curves if method != "random_order"}
-        for estimator in [*ordered(set(table.estimator) - {"none"}), "none"]:
-            for (name, method), curve in curves.items():
-                if name != estimator:
-                    continue
-                label = METHODS["random_order"] if name == "none" else LABELS.get(name, name)
-                if len(methods) > 2 and name != "none":
-                    label += f", {METHODS.get(method, method)}"
-                error = curve.probability_std / curve.n**0.5
-                axis.plot(curve.step, curve.probability_mean, label=label, color=palette[name],
-                          linestyle="--" if name == "none" else "-")  # fmt: skip
-                axis.fill_between(curve.step, curve.probability_mean - error, curve.probability_mean + error,
-                                  color=palette[name], alpha=0.15, linewidth=0)  # fmt: skip
+        with_patterns = {method for name, method in curves if name != "none"}
+        estimators = _palette(list(table.estimator.unique()))
+        free = sorted({method for name, method in curves if name == "none"}, key=_method_place)
+        colours = dict(zip(free, sns.color_palette("husl", max(8, len(free))), strict=False))
+        places = {name: place for place, name in enumerate(ordered(set(table.estimator) - {"none"}))}
+        for name, method in sorted(curves, key=lambda key: (places.get(key[0], 99), _method_place(key[1]))):
+            curve = curves[name, method]
+            baseline, title = method.startswith("random_order"), _method_title(method)
+            label = title if name == "none" else LABELS.get(name, name)
+            if name != "none" and len(with_patterns) > 1:
+                label += f", {title}"
+            colour = (0.45, 0.45, 0.45) if baseline else colours[method] if name == "none" else estimators[name]
+            dashes = "--" if baseline else "-." if name != "none" and method.startswith("pattern_net") else "-"
+            error = curve.probability_std / curve.n**0.5
+            axis.plot(curve.step, curve.probability_mean, label=label, color=colour, linestyle=dashes)
+            axis.fill_between(curve.step, curve.probability_mean - error, curve.probability_mean + error,
+                              color=colour, alpha=0.15, linewidth=0)  # fmt: skip
         axis.set(
             title=f"{model} on {data} (n = {int(table.n.max())})",
             xlabel="replaced patches", ylabel="probability of the predicted class", ylim=(0, 1.02),
@@ -124,6 +131,17 @@ def draw_degradation(degradation: pd.DataFrame, path: Path) -> bool:
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
     return True
+
+
+def _method_place(method: str) -> tuple[int, str]:
+    name = method.split(",")[0]
+    order = [*list(METHODS)[1:], "random_order"]
+    return (order.index(name) if name in order else 99, method)
+
+
+def _method_title(method: str) -> str:
+    name, *differs = method.split(",")
+    return ",".join([METHODS.get(name, name), *differs])
 
 
 def draw_explanations(images: Tensor, columns: Mapping[str, Tensor], captions: list[str], path: Path) -> None:

@@ -131,6 +131,7 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
         tracker.image("figures/rho", folder / "rho.png")
 
     areas: dict[str, float] = {}
+    intervals: dict[str, list[float]] = {}
     patch = steps = None
     degradation = pd.DataFrame(columns=list(results.DEGRADATION_COLUMNS))
     reason = stages.why_no_explanation(setup)
@@ -142,8 +143,9 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
         patch, steps = stages.patch_and_steps(setup)
         with shown.run("degrade", "image degradation") as bar:
             curves = stages.degrade(setup, shaped, bar)
-        areas = stages.area_by_method(curves)
-        degradation = results.degradation_rows(curves, setup.model_name, setup.source.name, estimator.name)
+        areas, intervals = stages.area_by_method(curves), stages.area_intervals(setup, curves)
+        who = estimator.name if stages.chosen_method(setup)[1] else "none"
+        degradation = results.degradation_rows(curves, setup.model_name, setup.source.name, who)
     else:
         shown.skip("explain", "explain validation images", reason)
         shown.skip("degrade", "image degradation", reason)
@@ -157,6 +159,7 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
     return {
         **names,
         "estimator": estimator.name,
+        "method": getattr(method := stages.chosen_method(setup)[0], "func", method).name,
         "criterion": cfg.criterion,
         "probe": cfg.probe.name,
         "layer": stages.layer_setting(cfg),
@@ -168,6 +171,7 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
         "patch": patch,
         "steps": steps,
         "area_over_curve": areas,
+        "area_over_curve_interval": intervals,
         "accuracy": accuracy.get("top1"),
         "signal_angle_degrees": stages.signal_angles(setup, patterns),
     }

@@ -55,7 +55,8 @@ def rho_rows(layer: str, index: int, rho: Tensor, dead: Tensor, common: Mapping[
 
 
 def degradation_rows(curves: Mapping[str, Tensor], model: str, data: str, estimator: str) -> pd.DataFrame:
-    """One row per method and step. The random order does not depend on the estimator: ``none`` stands there."""
+    """One row per method and step. The random order does not depend on the estimator: ``none`` stands there, as it
+    does for methods that use no patterns."""
     tables = []
     for method, curve in curves.items():
         table = pd.DataFrame(
@@ -66,7 +67,7 @@ def degradation_rows(curves: Mapping[str, Tensor], model: str, data: str, estima
                 "n": len(curve),
             }
         )
-        who = "none" if method == "random_order" else estimator
+        who = "none" if method.startswith("random_order") else estimator
         tables.append(table.assign(model=model, data=data, estimator=who, method=method))
     return pd.concat(tables, ignore_index=True)[list(DEGRADATION_COLUMNS)]
 

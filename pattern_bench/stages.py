@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pattern_bench.cache import Cache, key_of
 from pattern_bench.config import build
 from pattern_bench.core.canonical import canonical
-from pattern_bench.core.degradation import area_over_curve, random_ranks
+from pattern_bench.core.degradation import ORDERS, REPLACEMENTS, area_over_curve, mean_interval, random_ranks
 from pattern_bench.core.estimators import Estimator, Pattern
 from pattern_bench.core.moments import Moments
 from pattern_bench.core.network import layers_in_order, select_layers
@@ -28,8 +28,8 @@ from pattern_bench.core.quality import CLOSED_FORM, CRITERIA
 from pattern_bench.data.source import Source
 from pattern_bench.data.splits import SPLITS, Split, Unreadable, joined, make_splits
 from pattern_bench.errors import UserError, did_you_mean
-from pattern_bench.methods.patterns import LrpZ as InputTimesGradient
-from pattern_bench.methods.patterns import PatternAttribution, PatternNet
+from pattern_bench.methods.base import Method, create
+from pattern_bench.methods.patterns import LrpZ, PatternAttribution, PatternNet
 from pattern_bench.models.source import ModelSource, Training, fingerprint
 from pattern_bench.progress import Bar, LightningBar
 from pattern_bench.streams import AccuracyStream, DegradationStream, Learner, MomentStream, Seen, fast_layout
@@ -125,8 +125,12 @@ def prepare(cfg: DictConfig, bar: Bar) -> Setup:
         cfg, cache, source, splits, model_source.name, model_source.classifier, built, "", names,
         select_layers(names, layer_setting(cfg)), estimator, sample, outputs,
     )  # fmt: skip
+    setup.model = network
+    chosen_method(setup)
     if why_no_explanation(setup) is None:
         patch_and_steps(setup)
+        _check_method(setup)
+    setup.model = built
     if model_source.training is not None:
         if pool.labels is None:
             raise UserError(
@@ -166,6 +170,12 @@ def _check_numbers(cfg: DictConfig) -> None:
             raise UserError(f"{setting}={value} is not possible: give a positive number")
     if cfg.moments.positions > 1:
         raise UserError(f"moments.positions={cfg.moments.positions} is no share: give up to 1.0, which is exact")
+    for setting, choices in (("order", ORDERS), ("replacement", REPLACEMENTS)):
+        value = str(cfg.degradation[setting])
+        if value not in choices:
+            raise UserError(f"degradation.{setting}={value} is unknown: choose from {', '.join(choices)}")
+    if isinstance(cfg.degradation.value, bool) or not isinstance(cfg.degradation.value, float | int):
+        raise UserError(f"degradation.value={cfg.degradation.value} is no number: give one, such as 0.0")
     if cfg.criterion not in CLOSED_FORM and cfg.probe.name != "sgd":
         raise UserError(
             f"criterion={cfg.criterion} has no closed form, since every neuron has samples of its own: give "
@@ -358,7 +368,7 @@ def why_no_explanation(setup: Setup) -> str | None:
         return f"model={setup.model_name} has no classifier, so there is no answer to explain"
     if setup.sample.ndim != 3:
         return f"data={setup.source.name} has no images"
-    if setup.layers != setup.all_layers:
+    if setup.layers != setup.all_layers and chosen_method(setup)[1] and setup.estimator.has_pattern:
         return (
             f"layer={setup.cfg.layer} selects {len(setup.layers)} of {len(setup.all_layers)} layers, and a whole "
             "network's explanation needs the patterns of all"
@@ -376,11 +386,59 @@ def measure_accuracy(setup: Setup, bar: Bar) -> dict[str, Any]:
     return {"top1": stream.top1 / images, "top5": stream.top5 / images, "images": images}
 
 
-def methods(setup: Setup, patterns: Mapping[str, Pattern]) -> dict[str, Any]:
-    """Attribution methods by name: PatternAttribution with the estimator's patterns; input ⊙ gradient for S_x."""
-    if not setup.estimator.has_pattern:
-        return {"lrp_z": InputTimesGradient(setup.model)}
-    return {"pattern_attribution": PatternAttribution(setup.model, patterns)}
+def chosen_method(setup: Setup) -> tuple[Any, bool]:
+    """The method to explain with, still to be given its network, and whether it is the estimator's.
+
+    Under S_x, PatternAttribution is the z-rule.
+
+    Raises:
+        UserError: where it needs patterns and the estimator has none.
+    """
+    method = build(setup.cfg.method)
+    if not method.func.needs_patterns:
+        return method, False
+    if setup.estimator.has_pattern:
+        return method, True
+    if method.func is PatternAttribution:
+        return LrpZ, True
+    raise UserError(
+        f"method={method.func.name} needs patterns, and estimator={setup.estimator.name} has none: choose another "
+        "estimator, or a method without patterns such as lrp_z"
+    )
+
+
+def _check_method(setup: Setup) -> None:
+    """Makes the method once, so that it can refuse its settings before anything is computed."""
+    weights = {name: setup.model.get_submodule(name).weight.detach() for name in setup.all_layers}  # type: ignore
+    own = {name: Pattern(w, w, torch.zeros(len(w), dtype=torch.bool)) for name, w in weights.items()}
+    create(chosen_method(setup)[0], setup.model, own, setup.sample[None])
+
+
+def method_of(setup: Setup, patterns: Mapping[str, Pattern]) -> Method:
+    """The method that explains the network."""
+    method, _ = chosen_method(setup)
+    kind = getattr(method, "func", method)
+    return create(method, setup.model, patterns, _reference(setup) if kind.takes_reference else None)
+
+
+def _reference(setup: Setup) -> Tensor:
+    """Images whose parts may take the place of others': the first of the fit split."""
+    split = setup.splits["fit"].first(100)
+    images = split.collate([split[position] for position in range(len(split))]).images
+    if images is None:
+        raise UserError("none of the first 100 images of the fit split can be read: mend the files")
+    return images.to(setup.device)
+
+
+def curve_name(setup: Setup, method: str) -> str:
+    """A method's name in the degradation results: with what differs from the paper's protocol."""
+    settings = setup.cfg.degradation
+    parts = [method]
+    if settings.order == "least" and method != "random_order":
+        parts.append("least relevant first")
+    if settings.replacement != "mean":
+        parts.append("blur" if settings.replacement == "blur" else f"constant {settings.value:g}")
+    return ", ".join(parts)
 
 
 def explain(setup: Setup, patterns: Mapping[str, Pattern]) -> tuple[Tensor, dict[str, Tensor], list[str]]:
@@ -394,11 +452,12 @@ def explain(setup: Setup, patterns: Mapping[str, Pattern]) -> tuple[Tensor, dict
     with torch.no_grad():
         confidence, predicted = setup.model(images).softmax(1).max(1)
     columns = {}
-    if setup.estimator.has_pattern:
+    method = method_of(setup, patterns)
+    if setup.estimator.has_pattern and setup.layers == setup.all_layers and not isinstance(method, PatternNet):
         columns["signal"] = PatternNet(setup.model, patterns).attribute(images, predicted).cpu()
-    for name, method in methods(setup, patterns).items():
-        title = "attribution" if setup.estimator.has_pattern else "input × gradient"
-        columns[title if len(columns) < 2 else name] = method.attribute(images, predicted).cpu()
+    titles = {PatternAttribution: "attribution", PatternNet: "signal", LrpZ: "input × gradient"}
+    title = titles.get(type(method), f"signal, {method.name}" if method.kind == "signal" else method.name)
+    columns[title] = method.attribute(images, predicted).cpu()
     captions = [
         f"predicted {p} ({c:.0%})" + ("" if t < 0 or why_no_accuracy(setup) else f"\ntrue {t}")
         for p, c, t in zip(predicted.tolist(), confidence.tolist(), batch.targets.tolist(), strict=True)
@@ -430,14 +489,26 @@ def degrade(setup: Setup, patterns: Mapping[str, Pattern], bar: Bar) -> dict[str
     order = random_ranks(len(split), height // patch, width // patch, torch.Generator().manual_seed(setup.cfg.seed))
     loader = setup.loader(split)
     bar.start(len(loader))
-    stream = DegradationStream(setup.model, methods(setup, patterns), patch, steps, order)
+    method = method_of(setup, patterns)
+    how = setup.cfg.degradation
+    stream = DegradationStream(
+        setup.model, {method.name: method}, patch, steps, order, how.order, how.replacement, how.value
+    )
     setup.trainer(bar, inference_mode=False).predict(stream, loader, return_predictions=False)
-    return stream.curves
+    return {curve_name(setup, name): curve for name, curve in stream.curves.items()}
 
 
 def area_by_method(curves: Mapping[str, Tensor]) -> dict[str, float]:
     """Area over the curve, averaged over images."""
     return {name: float(area_over_curve(curve.double()).mean()) for name, curve in curves.items()}
+
+
+def area_intervals(setup: Setup, curves: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """95 % bootstrap intervals over images of the area over the curve; the same draws for every method."""
+    return {
+        name: list(mean_interval(area_over_curve(curve.double()), torch.Generator().manual_seed(setup.cfg.seed)))
+        for name, curve in curves.items()
+    }
 
 
 def signal_angles(setup: Setup, patterns: Mapping[str, Pattern]) -> dict[str, float] | None:

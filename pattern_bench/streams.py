@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pattern_bench.core.collector import Collector
-from pattern_bench.core.degradation import degradation_curve, rank_patches
+from pattern_bench.core.degradation import degradation_curve, rank_patches, replacement
 from pattern_bench.core.layers import Scratch
 from pattern_bench.core.network import collecting
 from pattern_bench.core.reading import Correlation, Reader
@@ -184,27 +184,51 @@ class AccuracyStream(Stream):
         self.top5 += int(best.sum())
 
 
+class Explains(Protocol):
+    """Any explanation method: this suite's, captum's, a user's own."""
+
+    def attribute(self, inputs: Tensor, target: Tensor) -> Tensor: ...
+
+
 class DegradationStream(Stream):
     """Degradation curves of one heat map each, and of a random order, for the class first predicted.
 
     ``random_order`` (images, rows, columns) holds the ranks of the random order by position in the split, so that
     it does not depend on batches. ``curves`` maps a method's name to (images, steps + 1) probabilities.
+
+    Args:
+        model: the network.
+        methods: whatever has ``attribute(inputs, target)``, by name.
+        patch: side of a patch.
+        steps: patches to replace.
+        random_order: see above.
+        order, how, value: which patches come first and what replaces them, as in ``core.degradation``.
     """
 
     def __init__(
-        self, model: nn.Module, methods: Mapping[str, object], patch: int, steps: int, random_order: Tensor
+        self,
+        model: nn.Module,
+        methods: Mapping[str, Explains],
+        patch: int,
+        steps: int,
+        random_order: Tensor,
+        order: str = "most",
+        how: str = "mean",
+        value: float = 0.0,
     ) -> None:
         super().__init__(model)
         self.methods, self.patch, self.steps, self.random_order = methods, patch, steps, random_order
+        self.order, self.how, self.value = order, how, value
         self.parts: dict[str, list[Tensor]] = {}
 
     def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
         predicted = self.model(images).argmax(1)
         ranks = {"random_order": self.random_order[positions.cpu()].to(images.device)}
         for name, method in self.methods.items():
-            ranks[name] = rank_patches(method.attribute(images, predicted), self.patch)  # type: ignore[attr-defined]
+            ranks[name] = rank_patches(method.attribute(images, predicted), self.patch, self.order)
+        replaced_by = replacement(images, self.patch, self.how, self.value)
         for name, rank in ranks.items():
-            curve = degradation_curve(self.model, images, rank, predicted, self.patch, self.steps)
+            curve = degradation_curve(self.model, images, rank, predicted, self.patch, self.steps, replaced_by)
             self.parts.setdefault(name, []).append(curve.cpu())
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from pattern_bench.core.layers import Layer, geometry_of, pad
+from pattern_bench.core.layers import Geometry, Layer, geometry_of, pad
 from pattern_bench.errors import UserError
 
 # --- layers ---
@@ -46,25 +46,23 @@ def _transposed(layer: Layer, weight: Tensor, grad: Tensor, shape: torch.Size) -
     if isinstance(layer, nn.Linear):
         return grad @ weight
     geometry = geometry_of(layer)
+    if geometry.pads_as_convolutions_do:
+        padding = [before for before, _ in geometry.padding]
+        return _input_gradient(grad, grad.new_empty(1).expand(shape), weight, geometry, padding)
     with torch.enable_grad():
         x = grad.new_zeros(shape).requires_grad_()
         padded = pad(x, geometry)
-    lower = torch.ops.aten.convolution_backward(
-        grad,
-        padded,
-        weight,
-        None,
-        list(geometry.stride),
-        [0] * len(geometry.kernel),
-        list(geometry.dilation),
-        False,
-        [0] * len(geometry.kernel),
-        geometry.groups,
-        [True, False, False],
-    )[0]
-    if padded is x:
-        return lower
+    lower = _input_gradient(grad, padded.detach(), weight, geometry, [0] * len(geometry.kernel))
     return torch.autograd.grad(padded, x, lower)[0]
+
+
+def _input_gradient(grad: Tensor, like: Tensor, weight: Tensor, geometry: Geometry, padding: list[int]) -> Tensor:
+    """The convolution's input gradient; of its input, ``like``, only the shape counts."""
+    nothing = [0] * len(padding)
+    stride, dilation, wanted = list(geometry.stride), list(geometry.dilation), [True, False, False]
+    return torch.ops.aten.convolution_backward(
+        grad, like, weight, None, stride, padding, dilation, False, nothing, geometry.groups, wanted
+    )[0]
 
 
 @contextmanager
