@@ -1,0 +1,380 @@
+"""The suite from Python: statistics, patterns, ρ, explanations and degradation of any network, in a few calls.
+
+Everything is exported by ``pattern_bench`` itself: ``import pattern_bench as pb``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from pattern_bench.core import degradation as core_degradation
+from pattern_bench.core import estimators
+from pattern_bench.core.canonical import canonical
+from pattern_bench.core.collector import Collector
+from pattern_bench.core.estimators import Estimator, Pattern
+from pattern_bench.core.layers import Scratch
+from pattern_bench.core.moments import MEMORY, Moments
+from pattern_bench.core.network import collecting, layers_in_order, select_layers
+from pattern_bench.core.quality import CLOSED_FORM, Probe, Target, rho
+from pattern_bench.errors import UserError, did_you_mean
+from pattern_bench.files import read_tensors, write_tensors
+from pattern_bench.methods import patterns as pattern_methods
+from pattern_bench.methods.base import Method
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    kind.name: kind for kind in vars(estimators).values()
+    if isinstance(kind, type) and issubclass(kind, Estimator) and kind is not Estimator
+}  # fmt: skip
+
+_canonical: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module]] = WeakKeyDictionary()
+
+
+def canonical_form(model: nn.Module, example: Tensor) -> nn.Module:
+    """The network in canonical form (``core.canonical``), kept until its weights or the images' shape change."""
+    tensors = [*model.parameters(), *model.buffers()]
+    stamp = (tuple(example.shape[1:]), tuple((id(t), t._version, t.data_ptr()) for t in tensors))
+    kept = _canonical.get(model)
+    if kept is None or kept[0] != stamp:
+        kept = _canonical[model] = stamp, canonical(model, example[:1])
+    return kept[1]
+
+
+class LayerMoments(dict[str, Moments]):
+    """Moments by layer, and one image that they were collected from (1, C, spatial...)."""
+
+    def __init__(self, moments: Mapping[str, Moments], example: Tensor) -> None:
+        super().__init__(moments)
+        self.example = example
+
+
+def collect_moments(
+    model: nn.Module,
+    loader: Iterable[Any],
+    layers: str | Sequence[str] | None = None,
+    gram: bool = True,
+    *,
+    memory: int = MEMORY,
+    positions: float = 1.0,
+    seed: int = 0,
+) -> LayerMoments:
+    """Sums over all patches of each layer, in one pass (``core.collector``).
+
+    Args:
+        model: any network; it is not changed.
+        loader: yields batches of images (B, C, spatial...), or tuples or lists that start with one.
+        layers: names or globs of Conv and Linear layers; all for None.
+        gram: whether to sum the Gram matrices, which :func:`evaluate` needs and :func:`fit_patterns` does not.
+        memory: bytes that temporaries may take.
+        positions: share of each layer's output positions to sample; 1.0 is exact.
+        seed: of the sampled positions.
+
+    Returns:
+        Moments by layer name, in the order the layers run.
+
+    Raises:
+        UserError: where the loader yields no images, a layer does not exist, or the network is not supported.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    network, collectors = None, {}
+    for batch in loader:
+        images = batch[0] if isinstance(batch, tuple | list) else batch
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise UserError(
+                f"loader yields {kind} where images should be: give batches of float tensors (B, C, ...), or tuples "
+                "that start with one"
+            )
+        images = images.to(device)
+        if network is None:
+            example = images[:1].clone()
+            network = canonical_form(model, example)
+            scratch = Scratch()
+            for name in select_layers(layers_in_order(network, example), "all" if layers is None else layers):
+                layer: Any = network.get_submodule(name)
+                collectors[name] = Collector(layer, gram, memory, positions, seed, scratch)
+        with torch.no_grad(), collecting(network, collectors):
+            network(images)
+    if network is None:
+        raise UserError("loader yields no batch: give it images")
+    return LayerMoments({name: collector.moments() for name, collector in collectors.items()}, example)
+
+
+class Patterns(Mapping[str, Pattern]):
+    """Patterns by layer name; each has ``positive`` and ``negative`` in the weight's shape, and ``dead`` (N,)."""
+
+    def __init__(self, patterns: Mapping[str, Pattern], estimator: str, weights: Mapping[str, str]) -> None:
+        self._patterns, self.estimator, self._weights = dict(patterns), estimator, dict(weights)
+
+    def __getitem__(self, layer: str) -> Pattern:
+        return self._patterns[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._patterns)
+
+    def __len__(self) -> int:
+        return len(self._patterns)
+
+    def save(self, file: str | Path) -> None:
+        """Writes a safetensors file that :func:`load_patterns` reads."""
+        tensors = {
+            f"{layer}/{part}": getattr(pattern, part).detach().cpu().contiguous()
+            for layer, pattern in self.items()
+            for part in ("positive", "negative", "dead")
+        }
+        marks = {f"weight/{layer}": mark for layer, mark in self._weights.items()}
+        write_tensors(Path(file), tensors, {"estimator": self.estimator, **marks})
+
+
+def fit_patterns(
+    model: nn.Module, moments: LayerMoments, estimator: str | Estimator = "a_plus_minus", *, seed: int = 0
+) -> Patterns:
+    """Patterns of every layer in ``moments`` (``core.estimators``).
+
+    Args:
+        model: the network that the moments were collected from.
+        moments: from :func:`collect_moments`.
+        estimator: a name (``random``, ``w``, ``a``, ``a_plus_minus``), or an estimator of your own.
+        seed: for estimators that draw.
+
+    Raises:
+        UserError: where the estimator is unknown or has no patterns.
+    """
+    if isinstance(estimator, str):
+        if estimator not in ESTIMATORS:
+            raise UserError(f"estimator={estimator} is unknown: {did_you_mean(estimator, ESTIMATORS)}")
+        estimator = ESTIMATORS[estimator]()
+    if not estimator.has_pattern:
+        raise UserError(f"estimator={estimator.name} has no patterns: {estimator.no_pattern_reason}")
+    network, found, marks = canonical_form(model, moments.example), {}, {}
+    for place, (name, sums) in enumerate(moments.items()):
+        weight: Any = network.get_submodule(name).weight
+        flat = weight.detach().flatten(1).double()
+        pattern = estimator.fit(flat, sums, torch.Generator().manual_seed(seed + place))
+        positive, negative = (p.reshape(weight.shape).to(weight.dtype) for p in (pattern.positive, pattern.negative))
+        found[name] = Pattern(positive, negative, pattern.dead)
+        marks[name] = _mark(model.get_submodule(name))
+    return Patterns(found, estimator.name, marks)
+
+
+def _mark(layer: Any) -> str:
+    """Changes when the layer's own weight does."""
+    return hashlib.sha256(layer.weight.detach().cpu().contiguous().view(-1).numpy().tobytes()).hexdigest()
+
+
+def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
+    """Patterns from a file of :meth:`Patterns.save`, or a run's ``patterns.safetensors``.
+
+    Raises:
+        UserError: where the file cannot be read, or was not fitted on this network: naming the first layer that the
+            network lacks, or that has another shape or other weights.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"file={file} is not a file: give one that patterns were saved to")
+    try:
+        tensors, metadata = read_tensors(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"file={file} cannot be read as safetensors ({error}): save the patterns again") from error
+    modules = dict(model.named_modules())
+    found: dict[str, Pattern] = {}
+    for name in dict.fromkeys(key.rpartition("/")[0] for key in tensors):
+        parts = [tensors.get(f"{name}/{part}") for part in ("positive", "negative", "dead")]
+        if any(part is None for part in parts):
+            raise UserError(f"file={file} holds no whole pattern of layer {name}: save the patterns again")
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, Tensor):
+            raise UserError(
+                f"file={file} has patterns of layer {name}, which {type(model).__name__} lacks: "
+                f"{did_you_mean(name, [n for n, m in modules.items() if hasattr(m, 'weight')])}"
+            )
+        shape = tuple(parts[0].shape)  # type: ignore[union-attr]
+        if shape != tuple(weight.shape):
+            raise UserError(
+                f"file={file}: the pattern of layer {name} has shape {shape} and its weight {tuple(weight.shape)}: "
+                "give the network that the patterns were fitted on"
+            )
+        mark = metadata.get(f"weight/{name}")
+        if mark is not None and mark != _mark(modules[name]):
+            raise UserError(
+                f"file={file}: layer {name} has other weights than when its patterns were fitted: load the weights "
+                "of then, or fit the patterns again"
+            )
+        found[name] = Pattern(*(part.to(weight.device) for part in parts))  # type: ignore[union-attr]
+    if not found:
+        raise UserError(f"file={file} holds no patterns: S_x, for one, has none")
+    marks = {key.removeprefix("weight/"): mark for key, mark in metadata.items() if key.startswith("weight/")}
+    return Patterns(found, metadata.get("estimator", "unknown"), marks)
+
+
+def evaluate(
+    model: nn.Module,
+    patterns: Mapping[str, Pattern],
+    probe: LayerMoments,
+    test: LayerMoments,
+    criterion: str = "all",
+    *,
+    regularisation: float = 1e-4,
+    memory: int = MEMORY,
+) -> dict[str, Tensor]:
+    """ρ(S) of every neuron, in closed form (``core.quality``).
+
+    Args:
+        model: the network that patterns and moments belong to.
+        patterns: by layer.
+        probe: moments with Gram matrices, of the images that v is fitted on.
+        test: the same, of other images, that ρ is measured on.
+        criterion: ``all`` or ``rectified``.
+        regularisation: λ as a multiple of Σ's mean diagonal.
+        memory: bytes for temporaries.
+
+    Returns:
+        By layer, one value per neuron (N,); NaN for dead neurons.
+
+    Raises:
+        UserError: where a layer's moments are missing or have no Gram matrix, or the criterion has no closed form.
+    """
+    if criterion not in CLOSED_FORM:
+        raise UserError(f"criterion={criterion} has no closed form: give one of {', '.join(CLOSED_FORM)}")
+    network, values = canonical_form(model, probe.example), {}
+    for name, pattern in patterns.items():
+        for setting, moments in (("probe", probe), ("test", test)):
+            if name not in moments:
+                raise UserError(f"{setting} has no moments of layer {name}: collect them with layers=None")
+            if moments[name].gram is None:
+                raise UserError(f"{setting} has no Gram matrix of layer {name}: collect it with gram=True")
+        bias: Any = network.get_submodule(name).bias
+        target = Target(criterion, None if bias is None else bias.detach().double())
+        flat = Pattern(pattern.positive.flatten(1).double(), pattern.negative.flatten(1).double(), pattern.dead)
+        try:
+            direction = Probe(probe[name], regularisation, memory).direction(flat, target)
+        except ValueError as error:
+            raise UserError(f"layer {name}: {error}") from error
+        values[name] = rho(direction, test[name], flat, target, memory).masked_fill(pattern.dead, torch.nan)
+    return values
+
+
+# --- explanations ---
+
+
+class _OnAnyNetwork(Method):
+    """A layer-wise method, on the canonical form of whatever network it is given."""
+
+    method: ClassVar[Any]
+    needs_patterns = True
+
+    def __init__(self, model: nn.Module, patterns: Mapping[str, Pattern], last_layer: str = "positive") -> None:
+        super().__init__(model)
+        if not patterns:
+            raise UserError(f"{self.name} needs patterns, and there are none: fit them with pb.fit_patterns")
+        self.patterns, self.last_layer = patterns, last_layer
+
+    def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
+        self._logits(x)  # an input that does not fit is this method's to refuse, not the canonical form's
+        network = canonical_form(self.model, x)
+        return self.method(network, self.patterns, self.last_layer)._attribute(x, target)
+
+
+class PatternNet(_OnAnyNetwork):
+    """The signal in an image (``methods.patterns.PatternNet``), for networks in any form."""
+
+    method, name, kind = pattern_methods.PatternNet, "pattern_net", "signal"
+
+
+class PatternAttribution(_OnAnyNetwork):
+    """The attribution of an answer (``methods.patterns.PatternAttribution``), for networks in any form."""
+
+    method, name, kind = pattern_methods.PatternAttribution, "pattern_attribution", "attribution"
+
+
+def _explained(explanation: Any, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    """A heat map from anything that explains: an object with ``attribute``, or a function."""
+    attribute = getattr(explanation, "attribute", None)
+    found = attribute(images, target=target) if attribute is not None else explanation(model, images, target)
+    found = torch.as_tensor(found, device=images.device).detach()
+    if found.ndim == images.ndim - 1:  # one value per pixel
+        found = found[:, None]
+    if found.shape[0] != images.shape[0] or found.shape[2:] != images.shape[2:]:
+        raise UserError(
+            f"an explanation has shape {tuple(found.shape)} and the images {tuple(images.shape)}: it must give one "
+            "value per pixel, or per pixel and channel"
+        )
+    return found
+
+
+def degradation(
+    model: nn.Module,
+    images: Tensor,
+    methods: Mapping[str, Any],
+    target: Tensor | None = None,
+    *,
+    patch: int = 9,
+    steps: int = 100,
+    order: str = "most",
+    replacement: str = "mean",
+    value: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Degradation curves (``core.degradation``) of any explanations, and of a random order.
+
+    Args:
+        model: the network, in evaluation mode.
+        images: (B, C, H, W).
+        methods: by name, objects with ``attribute(inputs, target=...)`` (this suite's, captum's), or functions
+            ``explain(model, inputs, targets)`` that return a tensor or array (Quantus').
+        target: classes (B,); the predicted ones for None.
+        patch, steps, order, replacement, value: the protocol.
+        seed: of the random order.
+
+    Returns:
+        By method, and ``random_order``: softmax probabilities (B, steps + 1).
+
+    Raises:
+        UserError: where a setting is not possible.
+    """
+    for setting, given, choices in (("order", order, core_degradation.ORDERS),
+                                    ("replacement", replacement, core_degradation.REPLACEMENTS)):  # fmt: skip
+        if given not in choices:
+            raise UserError(f"{setting}={given} is unknown: choose from {', '.join(choices)}")
+    rows, columns = images.shape[2] // patch, images.shape[3] // patch
+    if not 1 <= steps <= rows * columns:
+        raise UserError(f"steps={steps} is not possible: images of this size have {rows * columns} whole patches")
+    with torch.no_grad():
+        target = model(images).argmax(1) if target is None else target
+    generator = torch.Generator().manual_seed(seed)
+    ranks = {"random_order": core_degradation.random_ranks(len(images), rows, columns, generator).to(images.device)}
+    for name, explanation in methods.items():
+        ranks[name] = core_degradation.rank_patches(_explained(explanation, model, images, target), patch, order)
+    replaced_by = core_degradation.replacement(images, patch, replacement, value)
+    with torch.no_grad():
+        return {
+            name: core_degradation.degradation_curve(model, images, rank, target, patch, steps, replaced_by)
+            for name, rank in ranks.items()
+        }
+
+
+def gallery(
+    model: nn.Module, images: Tensor, methods: Mapping[str, Any], file: str | Path, target: Tensor | None = None
+) -> None:
+    """A picture with a row per image and a column per explanation (those of signals in colour), as PNG.
+
+    The arguments are those of :func:`degradation`.
+    """
+    from pattern_bench.figures import draw_explanations
+
+    with torch.no_grad():
+        confidence, predicted = model(images).softmax(1).max(1)
+    target = predicted if target is None else target
+    columns = {}
+    for name, explanation in methods.items():
+        title = f"signal, {name}" if getattr(explanation, "kind", "") == "signal" else name
+        columns[title] = _explained(explanation, model, images, target).cpu()
+    captions = [f"predicted {p} ({c:.0%})" for p, c in zip(predicted.tolist(), confidence.tolist(), strict=True)]
+    draw_explanations(images.cpu(), columns, captions, Path(file))
