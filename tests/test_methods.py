@@ -747,3 +747,22 @@ def test_out_of_memory_is_not_mistaken_for_a_wrong_size():
 
     with pytest.raises(torch.OutOfMemoryError):
         Gradient(Full().eval()).attribute(images(2))
+
+
+def test_what_outgrows_float32_is_scaled_and_the_rest_is_not():
+    """Patterns of 5e4 in ten layers: 1e45. The direction is float64's; an image that fits is not touched."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(10)]).eval().requires_grad_(False)
+    a = {str(i): torch.rand(3, 3) * 5e4 for i in range(10)}
+    dead = torch.zeros(3, dtype=torch.bool)
+    patterns = {name: Pattern(tensor, tensor, dead) for name, tensor in a.items()}
+    x = torch.randn(2, 3)
+    x[1] *= 1e-30
+    found = PatternNet(model, patterns).attribute(x, 0)
+    exact = PatternNet(
+        copy.deepcopy(model).double(), {n: Pattern(t.double(), t.double(), dead) for n, t in a.items()}
+    ).attribute(x.double(), 0)
+    assert exact[0].abs().max() > 1e39
+    ratio = (exact[0] / found[0].double()).log2()
+    torch.testing.assert_close(ratio, ratio.mean().round().expand(3), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found[1].double(), exact[1], rtol=1e-4, atol=0)

@@ -28,6 +28,11 @@ _UNSUPPORTED = (
 """Modules whose learned weights sum inputs, so that there is something to replace, and which have no patterns."""
 
 
+HEADROOM = 90
+"""The way back starts so many powers of two below 1. What is propagated grows with every layer, by 10^22 in SqueezeNet
+and beyond float32 in ResNets; a power of two is undone without rounding."""
+
+
 class _Layerwise(Method):
     """Back-propagates with another weight in every Conv and Linear layer.
 
@@ -62,7 +67,13 @@ class _Layerwise(Method):
             output = self._output(x, target)
             if last_layer == "weight":
                 own_weight_in_output_layers(output)
-            return self._gradient(output, x, output.detach() if from_output else None)
+            if not from_output:
+                return self._gradient(output, x)
+            mantissa, exponent = torch.frexp(output.detach())
+            found = self._gradient(output, x, torch.ldexp(mantissa, torch.tensor(-HEADROOM)))
+        whole = torch.ldexp(found, (exponent + HEADROOM).view(-1, *[1] * (x.ndim - 1)))
+        fits = whole.flatten(1).isfinite().all(1)
+        return torch.where(fits.view(-1, *[1] * (x.ndim - 1)), whole, found)
 
 
 class _PatternMethod(_Layerwise):
@@ -111,7 +122,9 @@ class _PatternMethod(_Layerwise):
 class PatternNet(_PatternMethod):
     """The signal: what the network saw in the input that made it answer so (Kindermans et al. 2018, section 4).
 
-    Goes back from the target's output y as the gradient does, with the pattern a₊ in the place of each weight.
+    Goes back from the target's output y as the gradient does, with the pattern a₊ in the place of each weight. Where
+    that outgrows the data type for an image, its explanation is some power of two smaller: the direction is left, and
+    that is all that pictures, ranks and correlations ask for.
 
     Args:
         model: as for every method.
