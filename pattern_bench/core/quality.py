@@ -145,8 +145,10 @@ class Probe:
         # An all-zero Σ (every input dead) leaves nothing to read; any positive λ then gives v = 0.
         diagonal += self.regularisation * torch.where(scale > 0, scale, 1.0)
         info = torch.empty(len(covariance), dtype=torch.int32, device=covariance.device)
-        torch.linalg.cholesky_ex(covariance, out=(covariance, info))
-        return covariance, bool(info.any())
+        # LAPACK counts in columns: the transpose, which is the same matrix, is factorised without a copy.
+        factor = covariance.mT
+        torch.linalg.cholesky_ex(factor, out=(factor, info))
+        return factor, bool(info.any())
 
     def direction(self, pattern: Pattern, target: Target = Target()) -> Tensor:
         """v for each neuron, (N, D); NaN where the target does not vary, so that there is nothing to fit."""
