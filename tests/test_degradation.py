@@ -1,11 +1,19 @@
+import numpy as np
+import pytest
 import torch
+from scipy.ndimage import gaussian_filter
+from scipy.special import softmax
 
 from pattern_bench.core.degradation import (
+    ORDERS,
+    REPLACEMENTS,
     area_over_curve,
     degradation_curve,
     degraded,
+    mean_interval,
     random_ranks,
     rank_patches,
+    replacement,
 )
 
 
@@ -54,3 +62,47 @@ def test_random_ranks_are_permutations_that_follow_the_seed():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(first.flatten(1).sort(1).values, torch.arange(20).expand(3, 20))
+
+
+def perturbed_regions(network, image, heat, target, patch, steps, order, how):
+    """Region perturbation (Samek et al. 2017) in numpy and scipy, one patch after the other."""
+    image, heat = image.numpy().astype(np.float64), heat.numpy().astype(np.float64).sum(0)
+    rows, columns = image.shape[1] // patch, image.shape[2] // patch
+    regions = [(slice(r * patch, (r + 1) * patch), slice(c * patch, (c + 1) * patch))
+               for r in range(rows) for c in range(columns)]  # fmt: skip
+    regions.sort(key=lambda region: heat[region].sum(), reverse=order == "most")
+    blurred = np.stack([gaussian_filter(channel, patch, mode="nearest", truncate=3) for channel in image])
+    curve = []
+    for step in range(steps + 1):
+        if step:
+            for channel in range(len(image)):
+                where = (channel, *regions[step - 1])
+                image[where] = {"mean": image[where].mean(), "blur": blurred[where], "constant": 0.7}[how]
+        logits = network(torch.from_numpy(image)[None].float())[0].double().numpy()
+        curve.append(softmax(logits)[target])
+    return np.array(curve)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("how", REPLACEMENTS)
+def test_curves_equal_an_independent_region_perturbation(order, how):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 5), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(),
+        torch.nn.Linear(32, 5),
+    ).eval().requires_grad_(False)  # fmt: skip
+    images, heat, target = torch.randn(4, 3, 23, 17), torch.randn(4, 3, 23, 17), torch.tensor([0, 1, 4, 2])
+    ranks = rank_patches(heat, 4, order)
+    curves = degradation_curve(network, images, ranks, target, 4, 15, replacement(images, 4, how, 0.7))
+    for i in range(4):
+        expected = perturbed_regions(network, images[i], heat[i], int(target[i]), 4, 15, order, how)
+        np.testing.assert_allclose(curves[i], expected, atol=2e-6)
+
+
+def test_the_interval_of_a_mean_is_the_normal_one_for_many_images():
+    torch.manual_seed(0)
+    values = torch.randn(4000).double() * 3 + 1
+    low, high = mean_interval(values, torch.Generator().manual_seed(0))
+    half = 1.96 * float(values.std()) / 4000**0.5
+    assert low == pytest.approx(float(values.mean()) - half, abs=0.02)
+    assert high == pytest.approx(float(values.mean()) + half, abs=0.02)

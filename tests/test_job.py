@@ -170,6 +170,29 @@ def test_the_criterion_is_named_in_the_results_and_changes_them(run_job):
     assert (tables["all"].rho - tables["rectified"].rho).abs().mean() > 0.01
 
 
+def test_every_method_has_its_curve_in_one_figure(run_job, tmp_path):
+    """Pattern-free methods stand under estimator none; what differs from the paper's protocol is in the name."""
+    few = [*SMALL, "degradation.images=4", "explanation.images=2"]
+    folders = [run_job(*few, f"method={name}") for name in ("gradient", "guided_backprop", "pattern_net")]
+    folders.append(run_job(*few, "method=lrp_z", "degradation.order=least", "degradation.replacement=blur"))
+    table = pd.concat([pd.read_csv(folder / "degradation.csv") for folder in folders])
+    assert set(zip(table.estimator, table.method, strict=True)) == {
+        ("none", "gradient"), ("none", "guided_backprop"), ("a_plus_minus", "pattern_net"),
+        ("none", "lrp_z, least relevant first, blur"), ("none", "random_order"), ("none", "random_order, blur"),
+    }  # fmt: skip
+    assert read(folders[0])["method"] == "gradient"
+    for name, (low, high) in read(folders[0])["area_over_curve_interval"].items():
+        assert low <= read(folders[0])["area_over_curve"][name] <= high
+    report([*map(str, folders), "--output", str(tmp_path / "report")])
+    columns = pd.read_csv(tmp_path / "report" / "fig4a.csv").columns.tolist()
+    assert len(columns) == 3 + 6
+
+
+def test_a_method_without_patterns_explains_with_some_layers(run_job):
+    folder = run_job(*SMALL, "layer=features.0", "method=gradient")
+    assert read(folder)["skipped"] == {}
+
+
 def test_the_toy_example_finds_the_signal(run_job):
     toy = ["data=toy", "data.samples=50000", "model.training.epochs=3"]
     angles = {name: read(run_job(*toy, f"estimator={name}"))["signal_angle_degrees"] for name in ("a", "w")}
@@ -270,6 +293,12 @@ def test_a_users_mistake_inside_the_job_shows_no_traceback(command):
         (["moments.memory_gib=0"], "moments.memory_gib=0 is not possible"),
         (["criterion=some"], "criterion=some is unknown"),
         (["probe.regularisation=-1"], "probe.regularisation=-1 is not possible"),
+        (["method=pattern_net", "estimator=x"], "method=pattern_net needs patterns, and estimator=x has none"),
+        (["method=pattern_net", "method.last_layer=none"], "last_layer=none is not possible"),
+        (["method=smoothgrad", "method.samples=0"], "samples=0 is not possible"),
+        (["degradation.order=worst"], "degradation.order=worst is unknown"),
+        (["degradation.replacement=noise"], "degradation.replacement=noise is unknown"),
+        (["degradation.value=white"], "degradation.value=white is no number"),
         (["criterion=positive"], "criterion=positive has no closed form"),
         (["probe=sgd", "probe.steps=0"], "probe.steps=0 is not possible"),
         (["probe=sgd", "probe.learning_rate=fast"], "probe.learning_rate=fast is not possible"),
