@@ -163,6 +163,7 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
         "criterion": cfg.criterion,
         "probe": cfg.probe.name,
         "layer": stages.layer_setting(cfg),
+        "positions": cfg.moments.positions,
         "seed": cfg.seed,
         "splits": {name: len(setup.splits[name]) for name in SPLITS},
         "unreadable": sorted(unreadable),
