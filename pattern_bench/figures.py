@@ -219,26 +219,29 @@ def draw_panels(
     _save(figure, path, PRINT_DPI)
 
 
-def draw_similarity(table: pd.DataFrame, path: Path, xlabel: str, ylabels: Mapping[str, str]) -> None:
+def draw_similarity(table: pd.DataFrame, path: Path, title: str, xlabel: str, ylabels: Mapping[str, str]) -> None:
     """Curves of every method over depth, from the output to the input, a panel per measure; the band is one standard
     deviation over images up and down.
 
     Args:
         table: the columns ``method``, ``layer``, ``layer_index``, ``measure``, ``mean`` and ``std``.
         path: PNG.
+        title: above all panels.
         xlabel: what the layers stand for.
         ylabels: of each measure, in the order of the panels.
     """
     order = table.sort_values("layer_index", ascending=False).drop_duplicates("layer_index").layer.tolist()
     methods = sorted(table.method.unique(), key=_method_place)
     colours = dict(zip(methods, sns.color_palette("colorblind", max(10, len(methods))), strict=False))
+    across = min(2, len(ylabels))
+    down = -(-len(ylabels) // across)
     with sns.axes_style("whitegrid"):
         figure, axes = plt.subplots(
-            1, len(ylabels), squeeze=False, figsize=(max(3.6, 0.17 * len(order) + 1.2) * len(ylabels) + 1.6, 4.2),
-            layout="constrained",
+            down, across, squeeze=False, sharex=True, layout="constrained",
+            figsize=(max(4.0, 0.19 * len(order) + 0.8) * across + 2.0, 3.0 * down + 1.6),
         )  # fmt: skip
     markers = "osD^vP*X<>h8"
-    for axis, (measure, ylabel) in zip(axes[0], ylabels.items(), strict=True):
+    for axis, (measure, ylabel) in zip(axes.flat, ylabels.items(), strict=False):
         chosen = table[table.measure == measure]
         for i, method in enumerate(methods):
             curve = chosen[chosen.method == method].sort_values("layer_index", ascending=False)
@@ -247,9 +250,12 @@ def draw_similarity(table: pd.DataFrame, path: Path, xlabel: str, ylabels: Mappi
                       marker=markers[i % len(markers)], markersize=3.5)  # fmt: skip
             axis.fill_between(at, curve["mean"] - curve["std"], curve["mean"] + curve["std"], color=colours[method],
                               alpha=0.1, linewidth=0)  # fmt: skip
-        axis.set(xlabel=xlabel, ylabel=ylabel)
-        axis.set_xticks(range(len(order)), order, rotation=90, fontsize=6 if len(order) > 12 else 8)
-    axes[0][-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        lowest = min(0.0, chosen["mean"].min())
+        axis.set(ylabel=ylabel, ylim=(lowest - 0.08, 1.05))
+        axis.set_xticks(range(len(order)), order, rotation=90, fontsize=7 if len(order) > 12 else 8)
+    axes[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.supxlabel(xlabel, fontsize=9)
+    figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 

@@ -74,14 +74,17 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def similarities(a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    """Every measure for heat maps (B, H, W), by name, (B,) float64."""
+    """Every measure for heat maps (B, H, W), by name, (B,) float64; NaN where one of the two is zero everywhere, as
+    that of an output which a ReLU has closed: there is nothing to compare."""
     flat_a, flat_b = unit_scale(a).flatten(1), unit_scale(b).flatten(1)
-    return {
+    empty = (flat_a == 0).all(1) | (flat_b == 0).all(1)
+    found = {
         "spearman_signed": spearman(flat_a, flat_b),
         "spearman_absolute": spearman(flat_a.abs(), flat_b.abs()),
         "ssim": ssim(a, b),
         "cosine": cosine(flat_a, flat_b),
     }
+    return {name: values.masked_fill(empty, torch.nan) for name, values in found.items()}
 
 
 def convergence(vectors: Tensor) -> Tensor:
