@@ -93,11 +93,24 @@ def test_fig4b_has_signal_and_attribution_of_every_estimator(draw):
 
 def test_a_method_that_is_not_for_the_network_is_left_out_with_the_reason(draw):
     _, summary, _ = draw(
-        "images=1", "show=[guided_backprop,gradient]", "model=imported", "model.path=tests.test_gallery.Smooth",
+        "images=1", "show=[guided_backprop,gradient]", "model=imported", "model.path=test_gallery.Smooth",
         small=["data.limit=300"],
     )  # fmt: skip
     assert [column["key"] for column in summary["columns"]] == ["gradient"]
     assert "gelu" in summary["left_out"]["guided_backprop"]
+
+
+def test_photographs_are_named_by_their_folders_and_unreadable_ones_passed_over(draw, photographs, tmp_path):
+    root = photographs(tmp_path / "photographs", count=20)
+    for file in sorted(root.rglob("*.jpg"))[:5]:
+        file.write_bytes(b"no image")
+    _, summary, _ = draw(
+        "data=folder", f"data.root={root}", "data.size=16", "data.validation=0.5", "data.fit=0.25", "data.probe=0.25",
+        "data.workers=0", "images=5", "show=gradient", small=["model.training.epochs=1"],
+    )  # fmt: skip
+    for image in summary["images"]:
+        assert image["true"] == image["name"].split("/")[0] == f"class{image['label']}"
+        assert image["predicted_name"] == f"class{image['predicted']}"
 
 
 @pytest.mark.parametrize(
