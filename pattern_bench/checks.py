@@ -214,7 +214,8 @@ def randomisation(
     bar: Bar,
 ) -> list[dict[str, Any]]:
     """A row per method, layer and measure: how alike the heat maps of the trained network and of its copy are, whose
-    layers from the output down to that one are random. Heat maps are explanations summed over channels.
+    layers from the output down to that one are random. Heat maps are explanations summed over channels. Methods that
+    start from the output's value turn their sign with it, and signed measures see that.
 
     A pattern is made for its weights (wᵀa = 1) and for what reaches its layer. So with ``refit`` images (F, C, H, W)
     the patterns of the randomised layers, and only theirs, are fitted again: nothing below them has changed. With None

@@ -50,13 +50,13 @@ def unit_scale(values: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of heat maps (B, H, W), each first divided by its largest absolute value, (B,) float64.
+    """Structural similarity of heat maps (B, H, W) as pictures, x / (2 max|x|) + 1/2 from 0 to 1, (B,) float64.
 
     The mean over windows of 7×7 pixels (smaller, odd ones in smaller images) that lie inside the image, with equal
-    weights, unbiased (co)variances, K1 = 0.01, K2 = 0.03 and a range of 2, from -1 to 1 (Wang et al. 2004; the
-    defaults of scikit-image).
+    weights, unbiased (co)variances, K1 = 0.01 and K2 = 0.03 (Wang et al. 2004; the defaults of scikit-image). As
+    pictures, because with values of both signs two wrong factors, of the means and of the covariance, make a right one.
     """
-    a, b = unit_scale(a)[:, None], unit_scale(b)[:, None]
+    a, b = (unit_scale(maps)[:, None] / 2 + 0.5 for maps in (a, b))
     side = min(SSIM_WINDOW, *a.shape[2:])
     side -= 1 - side % 2
     unbiased = side**2 / max(side**2 - 1, 1)
@@ -68,7 +68,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     var_a = unbiased * (mean(a * a) - mean_a**2)
     var_b = unbiased * (mean(b * b) - mean_b**2)
     cov = unbiased * (mean(a * b) - mean_a * mean_b)
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    c1, c2 = 0.01**2, 0.03**2
     similar = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     return similar.flatten(1).mean(1)
 
