@@ -1,6 +1,8 @@
 """Galleries of explanations: what they leave, and what they refuse."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -158,3 +160,16 @@ def test_the_command_draws_or_gives_one_message(command, tmp_path):
 
 def test_the_function_of_the_api_keeps_its_name():
     assert callable(pattern_bench.gallery)
+
+
+@pytest.mark.parametrize("module", ["gallery", "sanity"])
+def test_help_imports_no_torch(module):
+    code = (
+        "import runpy, sys; sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_module('pattern_bench.{module}', run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "show" in done.stdout
