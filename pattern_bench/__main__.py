@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -29,12 +30,12 @@ def job(cfg: DictConfig) -> None:
     print(f"results: {folder}")
 
 
-def main() -> None:
-    """The command line. A mistake of the user's gets a message and exit code 1, anything else a traceback."""
+def command_line(command: Callable[[], None]) -> None:
+    """Runs a Hydra command. A mistake of the user's gets a message and exit code 1, anything else a traceback."""
     # Hydra's own handler would show a traceback for every exception that is not its own.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        job()
+        command()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         # Hydra keeps what was wrong in the cause of some of its errors.
         messages = [str(e).strip() for e in (error, error.__cause__) if e is not None and str(e).strip()]
@@ -44,6 +45,11 @@ def main() -> None:
         sys.exit(f"error: cannot use{where} ({error.strerror or error}): free space, or choose another hydra.run.dir")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def main() -> None:
+    """The command line of the job."""
+    command_line(job)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -18,6 +22,8 @@ from pattern_bench.files import write_file
 from pattern_bench.results import ESTIMATORS, ordered, standard_errors
 
 DPI = 200
+PRINT_DPI = 300
+HEAT = "seismic"
 LABELS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
 METHODS = {
     "random_order": "random order", "pattern_net": "PatternNet", "pattern_attribution": "PatternAttribution",
@@ -35,8 +41,8 @@ def _palette(names: list[str]) -> dict[str, tuple[float, float, float]]:
     return {name: (0.45, 0.45, 0.45) if name == "none" else colours[i % 10] for i, name in enumerate(order)}
 
 
-def _save(figure: Figure, path: Path) -> None:
-    write_file(path, lambda file: figure.savefig(file, dpi=DPI, bbox_inches="tight"))
+def _save(figure: Figure, path: Path, dpi: int = DPI) -> None:
+    write_file(path, lambda file: figure.savefig(file, dpi=dpi, bbox_inches="tight"))
     plt.close(figure)
 
 
@@ -167,13 +173,101 @@ def draw_explanations(images: Tensor, columns: Mapping[str, Tensor], captions: l
     _save(figure, path)
 
 
-def _show_explanation(axis: plt.Axes, explanation: Tensor, signal: bool) -> None:
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a gallery: (C, H, W), shown as ``input`` (from its minimum to its maximum), in ``colour`` (as
+    x / (2 max|x|) + 1/2), or as ``heat`` (summed over channels, on a diverging map that is symmetric around 0)."""
+
+    title: str
+    image: Tensor
+    how: str
+
+
+def draw_panels(
+    rows: Sequence[Sequence[Panel | None]], labels: Sequence[str], path: Path, percentile: float = 100.0
+) -> None:
+    """Rows of panels with a label on the left of each; None leaves a place empty. At print quality.
+
+    With a ``percentile`` below 100 that of |x| stands in the place of max|x|, and what lies beyond is cut off; the
+    figure says so.
+    """
+    width = max(len(row) for row in rows)
+    figure, axes = plt.subplots(
+        len(rows), width, squeeze=False, figsize=(1.55 * width + 1.6, 1.75 * len(rows)), layout="constrained"
+    )
+    for row, label, places in zip(rows, labels, axes, strict=True):
+        for axis, panel in zip(places, [*row, *[None] * (width - len(row))], strict=True):
+            if panel is None:
+                axis.axis("off")
+                continue
+            axis.set_title(panel.title, fontsize=8)
+            if panel.how == "input":
+                low, high = panel.image.min(), panel.image.max()
+                _show(axis, (panel.image - low) / (high - low).clamp(min=1e-12))
+            else:
+                _show_explanation(axis, panel.image, panel.how == "colour", percentile)
+        places[0].text(-0.08, 0.5, label, transform=places[0].transAxes, ha="right", va="center", fontsize=8)
+    end = "max" if percentile == 100 else f"{percentile:g} %"
+    if any(panel is not None and panel.how == "heat" for row in rows for panel in row):
+        scale = figure.colorbar(
+            ScalarMappable(Normalize(-1, 1), HEAT), ax=axes, ticks=[-1, 0, 1], fraction=0.02, pad=0.01, aspect=25,
+            shrink=min(1.0, 3 / (1.75 * len(rows))),
+        )  # fmt: skip
+        scale.ax.set_yticklabels([f"−{end}", "0", end], fontsize=7)
+    if percentile != 100:
+        figure.supxlabel(f"scaled to the {percentile:g}th percentile of |x|; beyond it, values are cut off", fontsize=7)
+    _save(figure, path, PRINT_DPI)
+
+
+def draw_similarity(table: pd.DataFrame, path: Path, title: str, xlabel: str, ylabels: Mapping[str, str]) -> None:
+    """Curves of every method over depth, from the output to the input, a panel per measure; the band is one standard
+    deviation over images up and down.
+
+    Args:
+        table: the columns ``method``, ``layer``, ``layer_index``, ``measure``, ``mean`` and ``std``.
+        path: PNG.
+        title: above all panels.
+        xlabel: what the layers stand for.
+        ylabels: of each measure, in the order of the panels.
+    """
+    order = table.sort_values("layer_index", ascending=False).drop_duplicates("layer_index").layer.tolist()
+    methods = sorted(table.method.unique(), key=_method_place)
+    colours = dict(zip(methods, sns.color_palette("colorblind", max(10, len(methods))), strict=False))
+    across = min(2, len(ylabels))
+    down = -(-len(ylabels) // across)
+    with sns.axes_style("whitegrid"):
+        figure, axes = plt.subplots(
+            down, across, squeeze=False, sharex=True, layout="constrained",
+            figsize=(max(4.0, 0.19 * len(order) + 0.8) * across + 2.0, 3.0 * down + 1.6),
+        )  # fmt: skip
+    markers = "osD^vP*X<>h8"
+    for axis, (measure, ylabel) in zip(axes.flat, ylabels.items(), strict=False):
+        chosen = table[table.measure == measure]
+        for i, method in enumerate(methods):
+            curve = chosen[chosen.method == method].sort_values("layer_index", ascending=False)
+            at = [order.index(layer) for layer in curve.layer]
+            axis.plot(at, curve["mean"], label=_method_title(method), color=colours[method], linewidth=1.4,
+                      marker=markers[i % len(markers)], markersize=3.5)  # fmt: skip
+            axis.fill_between(at, curve["mean"] - curve["std"], curve["mean"] + curve["std"], color=colours[method],
+                              alpha=0.1, linewidth=0)  # fmt: skip
+        lowest = min(0.0, chosen["mean"].min())
+        axis.set(ylabel=ylabel, ylim=(lowest - 0.08, 1.05))
+        axis.set_xticks(range(len(order)), order, rotation=90, fontsize=7 if len(order) > 12 else 8)
+    axes[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.supxlabel(xlabel, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _show_explanation(axis: plt.Axes, explanation: Tensor, signal: bool, percentile: float = 100.0) -> None:
+    shown = explanation if signal else explanation.sum(0)
+    bound = float(np.percentile(shown.abs().numpy(), percentile))
+    # Where fewer pixels than that are not zero, their own maximum.
+    bound = max(bound or float(shown.abs().max()), 1e-30)
     if signal:
-        _show(axis, explanation / (2 * explanation.abs().max().clamp(min=1e-30)) + 0.5)
+        _show(axis, (shown / (2 * bound) + 0.5).clamp(0, 1))
         return
-    heat = explanation.sum(0)
-    bound = float(heat.abs().max().clamp(min=1e-30))
-    axis.imshow(heat.numpy(), cmap="seismic", vmin=-bound, vmax=bound, interpolation="nearest")
+    axis.imshow(shown.numpy(), cmap=HEAT, vmin=-bound, vmax=bound, interpolation="nearest")
     axis.set(xticks=[], yticks=[])
 
 
