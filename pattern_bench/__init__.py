@@ -8,9 +8,9 @@ __all__ = [
     "PatternNet",
     "collect_moments",
     "degradation",
+    "draw_gallery",
     "evaluate",
     "fit_patterns",
-    "gallery",
     "load_patterns",
 ]
 

@@ -360,7 +360,7 @@ def degradation(
         }
 
 
-def gallery(
+def draw_gallery(
     model: nn.Module, images: Tensor, methods: Mapping[str, Any], file: str | Path, target: Tensor | None = None
 ) -> None:
     """A picture with a row per image and a column per explanation (those of signals in colour), as PNG.

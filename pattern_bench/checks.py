@@ -34,7 +34,7 @@ from pattern_bench.core.sanity import convergence, similarities
 from pattern_bench.data.splits import Split
 from pattern_bench.errors import UserError
 from pattern_bench.files import write_file
-from pattern_bench.job import _quiet_lightning
+from pattern_bench.job import quiet_lightning
 from pattern_bench.methods.base import Method
 from pattern_bench.methods.patterns import LrpZ
 from pattern_bench.progress import Bar, Stages
@@ -68,7 +68,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: for what the user can mend.
     """
-    _quiet_lightning()
+    quiet_lightning()
     stages.output_folder(cfg, folder)
     (folder / SUMMARY).unlink(missing_ok=True)
     _check(cfg)
@@ -131,7 +131,7 @@ def _checks(
     setup.model.to(setup.device)
     images = images.to(setup.device)
     takes_reference = any(kind_of(method).takes_reference for method in methods.values())
-    reference = stages._reference(setup) if takes_reference else None
+    reference = stages.reference_images(setup) if takes_reference else None
     explainer = Explainer(setup.model, patterns, reference, setup.source.batch_size)
     left_out: dict[str, str] = {}
 

@@ -35,7 +35,7 @@ from pattern_bench.data.splits import Unreadable
 from pattern_bench.errors import UserError
 from pattern_bench.figures import Panel
 from pattern_bench.files import write_file, write_tensors
-from pattern_bench.job import _quiet_lightning
+from pattern_bench.job import quiet_lightning
 from pattern_bench.methods.patterns import LrpZ
 from pattern_bench.progress import Stages
 from pattern_bench.stages import Setup
@@ -81,7 +81,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: for what the user can mend.
     """
-    _quiet_lightning()
+    quiet_lightning()
     stages.output_folder(cfg, folder)
     (folder / SUMMARY).unlink(missing_ok=True)
     _check(cfg)
@@ -295,7 +295,7 @@ def _column(setup: Setup, chosen: Shown, key: str, title: str, method: Any, patt
     if method is None:  # the identity's signal
         return Column(key, title, "signal", chosen.images.double())
     kind = kind_of(method)
-    reference = stages._reference(setup) if kind.takes_reference else None
+    reference = stages.reference_images(setup) if kind.takes_reference else None
     explainer = Explainer(setup.model, patterns, reference, setup.source.batch_size)
     found = explainer.explain(method, chosen.images.to(setup.device), chosen.predicted)
     return Column(key, title, kind.kind, found)

@@ -25,7 +25,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: for what the user can mend.
     """
-    _quiet_lightning()
+    quiet_lightning()
     stages.output_folder(cfg, folder)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     write_file(folder / "config.yaml", lambda file: OmegaConf.save(cfg, file, resolve=True))
@@ -178,7 +178,7 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
     }
 
 
-def _quiet_lightning() -> None:
+def quiet_lightning() -> None:
     """The stages say what happens; Lightning's hints about hardware, workers and sizes do not help here."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

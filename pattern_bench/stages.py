@@ -418,10 +418,10 @@ def method_of(setup: Setup, patterns: Mapping[str, Pattern]) -> Method:
     """The method that explains the network."""
     method, _ = chosen_method(setup)
     kind = getattr(method, "func", method)
-    return create(method, setup.model, patterns, _reference(setup) if kind.takes_reference else None)
+    return create(method, setup.model, patterns, reference_images(setup) if kind.takes_reference else None)
 
 
-def _reference(setup: Setup) -> Tensor:
+def reference_images(setup: Setup) -> Tensor:
     """Images whose parts may take the place of others': the first of the fit split."""
     split = setup.splits["fit"].first(100)
     images = split.collate([split[position] for position in range(len(split))]).images

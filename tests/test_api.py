@@ -160,7 +160,7 @@ def test_whatever_explains_plugs_into_degradation_and_gallery(network, tmp_path)
         torch.testing.assert_close(curve[:, [0, -1]], curves["random_order"][:, [0, -1]])
     least = pb.degradation(network, x, {"captum": Saliency(network)}, patch=3, steps=16, order="least")
     assert not torch.allclose(least["captum"], curves["captum"])
-    pb.gallery(network, x, methods, tmp_path / "gallery.png")
+    pb.draw_gallery(network, x, methods, tmp_path / "gallery.png")
     assert (tmp_path / "gallery.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="steps=17 is not possible"):
         pb.degradation(network, x, methods, patch=3, steps=17)
