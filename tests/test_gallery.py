@@ -10,7 +10,6 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from torch import nn
 
-import pattern_bench
 from pattern_bench.__main__ import CONF
 from pattern_bench.errors import UserError
 from pattern_bench.galleries import check_overrides, run
@@ -156,10 +155,6 @@ def test_the_command_draws_or_gives_one_message(command, tmp_path):
     assert done.returncode == 1
     assert "error: degradation.steps=3 has no effect on figure=fig5: leave it out" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_the_function_of_the_api_keeps_its_name():
-    assert callable(pattern_bench.gallery)
 
 
 @pytest.mark.parametrize("module", ["gallery", "sanity"])
