@@ -122,7 +122,7 @@ def draw_degradation(degradation: pd.DataFrame, path: Path) -> bool:
             curve = curves[name, method]
             baseline, title = method.startswith("random_order"), _method_title(method)
             label = title if name == "none" else LABELS.get(name, name)
-            if name != "none" and len(with_patterns) > 1:
+            if name != "none" and (len(with_patterns) > 1 or len(free) > 1):
                 label += f", {title}"
             colour = (0.45, 0.45, 0.45) if baseline else colours[method] if name == "none" else estimators[name]
             dashes = "--" if baseline else "-." if name != "none" and method.startswith("pattern_net") else "-"

@@ -123,9 +123,24 @@ def rho_table(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index().drop(columns="layer_index")
 
 
-def degradation_table(degradation: pd.DataFrame) -> pd.DataFrame:
+Intervals = dict[Any, list[float]]
+"""Of the area over the curve, by model, data, estimator and method."""
+
+
+def area_intervals(runs: Sequence[Run]) -> Intervals:
+    """The newest run's interval of each curve."""
+    found: Intervals = {}
+    for run in runs:
+        known = run.summary.get("area_over_curve_interval", {})
+        for model, data, estimator, method in run.degradation[CURVE].drop_duplicates().itertuples(index=False):
+            if method in known:
+                found[model, data, estimator, method] = known[method]
+    return found
+
+
+def degradation_table(degradation: pd.DataFrame, intervals: Intervals) -> pd.DataFrame:
     """Fig. 4a as a table: mean probability by step, a column per estimator (and method, where there are several);
-    the area over the curve last."""
+    the area over the curve last, after the ends of its 95 % interval."""
     wide = degradation.pivot_table(
         index=["model", "data", "step"], columns=["estimator", "method"], values="probability_mean"
     )
@@ -133,15 +148,25 @@ def degradation_table(degradation: pd.DataFrame) -> pd.DataFrame:
     curves = [(name, method) for name in [*names, "none"] for method in wide.get(name, [])]
     several = len(curves) > len(names) + 1
     wide = wide[curves]
-    wide.columns = pd.Index(
-        ["random order" if name == "none" else f"{name} {method}" if several else name for name, method in curves]
-    )
+
+    def title(name: str, method: str) -> str:
+        if name == "none":
+            return method.replace("random_order", "random order")
+        return f"{name} {method}" if several else name
+
+    wide.columns = pd.Index([title(name, method) for name, method in curves])
     tables = []
     for (model, data), table in wide.groupby(level=["model", "data"], sort=False):
         steps = table.sort_index().astype(object)
         areas = (table.iloc[0] - table).mean()
         areas.name = (model, data, AREA)
-        tables.append(pd.concat([steps, areas.to_frame().T.astype(object)]))
+        rows = []
+        for end, bound in enumerate(("from", "to")):
+            unknown = [float("nan")] * 2
+            ends = [intervals.get((model, data, name, method), unknown)[end] for name, method in curves]
+            rows.append(pd.Series(ends, index=wide.columns, name=(model, data, f"{AREA}, 95 % {bound}")))
+        rows.append(areas)
+        tables.append(pd.concat([steps, *(row.to_frame().T.astype(object) for row in rows)]))
     joined = pd.concat(tables)
     joined.index = pd.MultiIndex.from_tuples(joined.index.tolist(), names=["model", "data", "step"])
     return joined.reset_index()
@@ -178,7 +203,7 @@ def report(folders: Sequence[str], output: Path) -> list[str]:
     if draw_rho(rho, output / "fig3.png", bootstrap):
         drawn.append("fig3.png")
     if len(degradation):
-        write_table(degradation_table(degradation), output / "fig4a")
+        write_table(degradation_table(degradation, area_intervals(runs)), output / "fig4a")
         draw_degradation(degradation, output / "fig4a.png")
         drawn += ["fig4a.csv", "fig4a.md", "fig4a.tex", "fig4a.png"]
     else:

@@ -184,8 +184,12 @@ def test_every_method_has_its_curve_in_one_figure(run_job, tmp_path):
     for name, (low, high) in read(folders[0])["area_over_curve_interval"].items():
         assert low <= read(folders[0])["area_over_curve"][name] <= high
     report([*map(str, folders), "--output", str(tmp_path / "report")])
-    columns = pd.read_csv(tmp_path / "report" / "fig4a.csv").columns.tolist()
-    assert len(columns) == 3 + 6
+    table = pd.read_csv(tmp_path / "report" / "fig4a.csv", index_col="step")
+    assert table.shape[1] == 2 + 6
+    low, high = read(folders[0])["area_over_curve_interval"]["gradient"]
+    assert table.loc["area over the curve, 95 % from", "gradient"] == pytest.approx(low)
+    assert table.loc["area over the curve, 95 % to", "gradient"] == pytest.approx(high)
+    assert "lrp_z, least relevant first, blur" in table.columns
 
 
 def test_a_method_without_patterns_explains_with_some_layers(run_job):
