@@ -158,8 +158,7 @@ def fit_patterns(
         weight: Any = network.get_submodule(name).weight
         flat = weight.detach().flatten(1).double()
         pattern = estimator.fit(flat, sums, torch.Generator().manual_seed(seed + place))
-        positive, negative = (p.reshape(weight.shape).to(weight.dtype) for p in (pattern.positive, pattern.negative))
-        found[name] = Pattern(positive, negative, pattern.dead)
+        found[name] = pattern.shaped_like(weight)
         marks[name] = _mark(model.get_submodule(name))
     return Patterns(found, estimator.name, marks)
 

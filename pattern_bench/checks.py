@@ -16,16 +16,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from pattern_bench import figures, results, stages
-from pattern_bench.chosen import SLOW, Explainer, check_methods, chosen_methods, kind_of, refuse_unused
+from pattern_bench.chosen import SLOW, Explainer, check_methods, chosen_methods, refuse_unused
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.layers import Scratch
@@ -33,9 +34,7 @@ from pattern_bench.core.network import collecting
 from pattern_bench.core.sanity import convergence, similarities
 from pattern_bench.data.splits import Split
 from pattern_bench.errors import UserError
-from pattern_bench.files import write_file
-from pattern_bench.job import quiet_lightning
-from pattern_bench.methods.base import Method
+from pattern_bench.methods.base import Method, kind_of
 from pattern_bench.methods.patterns import LrpZ
 from pattern_bench.progress import Bar, Stages
 from pattern_bench.stages import Setup
@@ -68,12 +67,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: for what the user can mend.
     """
-    quiet_lightning()
-    stages.output_folder(cfg, folder)
-    (folder / SUMMARY).unlink(missing_ok=True)
+    config = stages.begin(cfg, folder, SUMMARY)
     _check(cfg)
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    write_file(folder / "config.yaml", lambda file: OmegaConf.save(cfg, file, resolve=True))
     methods = chosen_methods(cfg, [name for name in cfg.methods if name not in MANY_PASSES])
     shown = Stages()
     with shown.run("prepare", "prepare data and model") as bar:
@@ -84,14 +79,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         needed = any(kind_of(method).needs_patterns for method in methods.values())
         images = _images(setup.splits["validation"], cfg.images, "images")
         refit = _images(setup.splits["fit"], cfg.refit, "refit") if needed and cfg.refit else None
-    tracker = Tracker(cfg.logger, folder, f"{setup.model_name}/{setup.estimator.name}/sanity", config)
-    succeeded = False
-    try:
-        summary = _checks(setup, methods, images, refit, needed, shown, tracker, folder)
-        succeeded = True
-    finally:
-        tracker.close(succeeded)
-    return summary
+    with Tracker(cfg.logger, folder, f"{setup.model_name}/{setup.estimator.name}/sanity", config) as tracker:
+        return _checks(setup, methods, images, refit, needed, shown, tracker, folder)
 
 
 def _check(cfg: DictConfig) -> None:
@@ -107,7 +96,7 @@ def _images(split: Split, count: int, setting: str) -> Tensor:
     """The first ``count`` images of a split, (count, C, H, W); fewer where some cannot be read."""
     if count > len(split):
         raise UserError(f"{setting}={count} is more than the {len(split)} images of the split: ask for fewer")
-    images = split.collate([split[position] for position in range(count)]).images
+    images = split.batch(range(count)).images
     if images is None:
         raise UserError(f"none of the first {count} images of the split can be read: ask for more ({setting})")
     return images
@@ -130,8 +119,7 @@ def _checks(
             patterns = stages.fit_patterns(setup, moments)
     setup.model.to(setup.device)
     images = images.to(setup.device)
-    takes_reference = any(kind_of(method).takes_reference for method in methods.values())
-    reference = stages.reference_images(setup) if takes_reference else None
+    reference = stages.reference_images(setup, methods.values())
     explainer = Explainer(setup.model, patterns, reference, setup.source.batch_size)
     left_out: dict[str, str] = {}
 
@@ -275,14 +263,8 @@ def _refitted(setup: Setup, model: nn.Module, layers: list[str], images: Tensor)
     with torch.no_grad(), collecting(model, collectors):
         for part in images.split(setup.source.batch_size):
             model(fast_layout(part.to(setup.device)))
-    return {
-        name: setup.estimator.fit(
-            modules[name].weight.flatten(1).double().cpu(),
-            collector.moments().to("cpu"),
-            torch.Generator().manual_seed(setup.seed(name)),
-        )
-        for name, collector in collectors.items()
-    }
+    moments = {name: collector.moments().to("cpu") for name, collector in collectors.items()}
+    return stages.fit_patterns(replace(setup, model=model), moments)
 
 
 # --- convergence of directions ---

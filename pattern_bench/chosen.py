@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from pattern_bench.config import build
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.errors import UserError, did_you_mean
-from pattern_bench.methods.base import Method, create
-from pattern_bench.stages import Setup
+from pattern_bench.methods.base import Method, create, kind_of
+from pattern_bench.stages import Setup, check_method
 from pattern_bench.streams import fast_layout
 
 SLOW = ("occlusion", "prediction_difference")
@@ -52,12 +52,6 @@ def names_shown(cfg: DictConfig, choices: Mapping[str, Any], default: Sequence[s
     return list(dict.fromkeys(names))
 
 
-def kind_of(method: Any) -> type[Method]:
-    """The class behind a method that is still to be given its network."""
-    kind: Any = method.func if isinstance(method, partial) else method
-    return kind
-
-
 def chosen_methods(cfg: DictConfig, default: Sequence[str]) -> dict[str, Any]:
     """The methods that are shown, by name, still to be given their network."""
     return {name: build(cfg.methods[name]) for name in names_shown(cfg, cfg.methods, default)}
@@ -76,15 +70,13 @@ def check_methods(setup: Setup, methods: Mapping[str, Any]) -> None:
         raise UserError(f"data={setup.source.name} has no images: choose other data")
     if setup.layers != setup.all_layers:
         raise UserError("the explanation of a whole network needs all of its layers: give layer=all")
-    weights: dict[str, Any] = {name: setup.model.get_submodule(name).weight for name in setup.all_layers}
-    stand_in = {name: Pattern(w, w, torch.zeros(len(w), dtype=torch.bool)) for name, w in weights.items()}
     for name, method in methods.items():
         if kind_of(method).needs_patterns and not setup.estimator.has_pattern:
             raise UserError(
                 f"show={name} needs patterns, and estimator={setup.estimator.name} has none: choose another "
                 "estimator, or show methods without patterns"
             )
-        create(method, setup.model, stand_in, setup.sample[None])
+        check_method(setup, method)
 
 
 class Explainer:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from torchvision.models import SqueezeNet1_1_Weights
 
@@ -24,7 +24,6 @@ from pattern_bench.chosen import (
     Explainer,
     check_methods,
     chosen_methods,
-    kind_of,
     names_shown,
     refuse_unused,
 )  # fmt: skip
@@ -34,8 +33,8 @@ from pattern_bench.core.sanity import unit_scale
 from pattern_bench.data.splits import Unreadable
 from pattern_bench.errors import UserError
 from pattern_bench.figures import Panel
-from pattern_bench.files import write_file, write_tensors
-from pattern_bench.job import quiet_lightning
+from pattern_bench.files import write_tensors
+from pattern_bench.methods.base import kind_of
 from pattern_bench.methods.patterns import LrpZ
 from pattern_bench.progress import Stages
 from pattern_bench.stages import Setup
@@ -81,12 +80,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: for what the user can mend.
     """
-    quiet_lightning()
-    stages.output_folder(cfg, folder)
-    (folder / SUMMARY).unlink(missing_ok=True)
+    config = stages.begin(cfg, folder, SUMMARY)
     _check(cfg)
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    write_file(folder / "config.yaml", lambda file: OmegaConf.save(cfg, file, resolve=True))
     shown = Stages()
     estimators: dict[str, Estimator] = {}
     methods: dict[str, Any] = {}
@@ -102,14 +97,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             setup = replace(setup, estimator=next((e for e in estimators.values() if e.has_pattern), setup.estimator))
         check_methods(setup, methods)
         positions = _positions(setup)
-    tracker = Tracker(cfg.logger, folder, f"{setup.model_name}/{cfg.figure}", config)
-    succeeded = False
-    try:
-        summary = _explain_and_draw(setup, methods, estimators, positions, shown, tracker, folder)
-        succeeded = True
-    finally:
-        tracker.close(succeeded)
-    return summary
+    with Tracker(cfg.logger, folder, f"{setup.model_name}/{cfg.figure}", config) as tracker:
+        return _explain_and_draw(setup, methods, estimators, positions, shown, tracker, folder)
 
 
 def _check(cfg: DictConfig) -> None:
@@ -166,7 +155,7 @@ def class_names(setup: Setup) -> list[str]:
 
 def _read(setup: Setup, positions: list[int]) -> Shown:
     split = setup.splits["validation"]
-    batch = split.collate([split[position] for position in positions])
+    batch = split.batch(positions)
     images: Any = batch.images
     setup.model.to(setup.device)
     parts = images.split(setup.source.batch_size)
@@ -294,11 +283,10 @@ def _tasks(
 def _column(setup: Setup, chosen: Shown, key: str, title: str, method: Any, patterns: Mapping[str, Pattern]) -> Column:
     if method is None:  # the identity's signal
         return Column(key, title, "signal", chosen.images.double())
-    kind = kind_of(method)
-    reference = stages.reference_images(setup) if kind.takes_reference else None
+    reference = stages.reference_images(setup, [method])
     explainer = Explainer(setup.model, patterns, reference, setup.source.batch_size)
     found = explainer.explain(method, chosen.images.to(setup.device), chosen.predicted)
-    return Column(key, title, kind.kind, found)
+    return Column(key, title, kind_of(method).kind, found)
 
 
 # --- how it is laid out ---

@@ -1,8 +1,4 @@
-"""``python -m pattern_bench.gallery``: galleries of explanations.
-
-Only to be run: ``pattern_bench.gallery`` from Python is the function of ``pattern_bench.api``, and importing this
-module would take its place. What the command does is in ``galleries.py``.
-"""
+"""``python -m pattern_bench.gallery``: galleries of explanations. What the command does is in ``galleries.py``."""
 
 from __future__ import annotations
 

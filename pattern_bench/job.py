@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from pattern_bench import criterion, figures, results, stages
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.data.splits import SPLITS
-from pattern_bench.files import write_file, write_tensors
+from pattern_bench.files import write_tensors
+from pattern_bench.methods.base import kind_of
 from pattern_bench.progress import Stages
 from pattern_bench.streams import Seen
 from pattern_bench.tracking import Tracker
@@ -25,23 +24,15 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: for what the user can mend.
     """
-    quiet_lightning()
-    stages.output_folder(cfg, folder)
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    write_file(folder / "config.yaml", lambda file: OmegaConf.save(cfg, file, resolve=True))
+    config = stages.begin(cfg, folder)
     shown = Stages()
     with shown.run("prepare", "prepare data and model") as bar:
         setup = stages.prepare(cfg, bar)
-    estimator = setup.estimator
-    tracker = Tracker(cfg.logger, folder, f"{setup.model_name}/{cfg.layer}/{estimator.name}", config)
-    succeeded = False
-    try:
+    name = f"{setup.model_name}/{cfg.layer}/{setup.estimator.name}"
+    with Tracker(cfg.logger, folder, name, config) as tracker:
         summary = _stages(cfg, folder, setup, shown, tracker)
         summary |= {"skipped": shown.skipped, "seconds": shown.seconds, **results.environment()}
         results.write_json(folder / "summary.json", summary)
-        succeeded = True
-    finally:
-        tracker.close(succeeded)
     return summary
 
 
@@ -159,7 +150,7 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
     return {
         **names,
         "estimator": estimator.name,
-        "method": getattr(method := stages.chosen_method(setup)[0], "func", method).name,
+        "method": kind_of(stages.chosen_method(setup)[0]).name,
         "criterion": cfg.criterion,
         "probe": cfg.probe.name,
         "layer": stages.layer_setting(cfg),
@@ -176,11 +167,3 @@ def _stages(cfg: DictConfig, folder: Path, setup: stages.Setup, shown: Stages, t
         "accuracy": accuracy.get("top1"),
         "signal_angle_degrees": stages.signal_angles(setup, patterns),
     }
-
-
-def quiet_lightning() -> None:
-    """The stages say what happens; Lightning's hints about hardware, workers and sizes do not help here."""
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*predict_dataloader.*")

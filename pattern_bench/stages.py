@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,8 @@ from pattern_bench.core.quality import CLOSED_FORM, CRITERIA
 from pattern_bench.data.source import Source
 from pattern_bench.data.splits import SPLITS, Split, Unreadable, joined, make_splits
 from pattern_bench.errors import UserError, did_you_mean
-from pattern_bench.methods.base import Method, create
+from pattern_bench.files import write_file
+from pattern_bench.methods.base import Method, create, kind_of
 from pattern_bench.methods.patterns import LrpZ, PatternAttribution, PatternNet
 from pattern_bench.models.source import ModelSource, Training, fingerprint
 from pattern_bench.progress import Bar, LightningBar
@@ -93,8 +96,8 @@ class Setup:
         return whole.chunks(self.cfg.bootstrap.chunks) if self.cfg.bootstrap.resamples else [whole]
 
     def weight(self, layer: str) -> Tensor:
-        """(N, D), float64."""
-        return self.model.get_submodule(layer).weight.flatten(1).double()  # type: ignore[operator]
+        """(N, D), float64, on the CPU as the moments are."""
+        return self.model.get_submodule(layer).weight.flatten(1).double().cpu()  # type: ignore[operator]
 
 
 def prepare(cfg: DictConfig, bar: Bar) -> Setup:
@@ -122,24 +125,21 @@ def prepare(cfg: DictConfig, bar: Bar) -> Setup:
     if not names:
         raise UserError(f"model={model_source.name} has no Conv or Linear layer to examine: choose another model")
     setup = Setup(
-        cfg, cache, source, splits, model_source.name, model_source.classifier, built, "", names,
+        cfg, cache, source, splits, model_source.name, model_source.classifier, network, "", names,
         select_layers(names, layer_setting(cfg)), estimator, sample, outputs,
     )  # fmt: skip
-    setup.model = network
-    chosen_method(setup)
+    method, _ = chosen_method(setup)
     if why_no_explanation(setup) is None:
         patch_and_steps(setup)
-        _check_method(setup)
-    setup.model = built
+        check_method(setup, method)
     if model_source.training is not None:
         if pool.labels is None:
             raise UserError(
                 f"model={model_source.name} has no weights and data={source.name} no labels to train it on: "
                 "give model.weights=FILE, or images in one subfolder per class"
             )
-        _train(setup, model_source.training, bar)
-        network = canonical(built, sample[None])
-    setup.model = network
+        _train(setup, built, model_source.training, bar)
+        setup.model = canonical(built, sample[None])
     setup.model_key = fingerprint(setup.model)
     return setup
 
@@ -239,22 +239,22 @@ def _outputs(model: nn.Module, sample: Tensor, name: str, data: str) -> int:
     return output.shape[1]
 
 
-def _train(setup: Setup, training: Training, bar: Bar) -> None:
-    """Gives the model trained weights, from the cache where an earlier job left them."""
+def _train(setup: Setup, model: nn.Module, training: Training, bar: Bar) -> None:
+    """Gives ``model`` trained weights, from the cache where an earlier job left them."""
     images = joined(setup.splits["fit"], setup.splits["probe"])
     # The initial weights stand for the architecture and the seed.
-    key = key_of(images=images.fingerprint, initial=fingerprint(setup.model), training=vars(training))
+    key = key_of(images=images.fingerprint, initial=fingerprint(model), training=vars(training))
     with setup.cache.lock("models", key):
         entry = setup.cache.load("models", key)
         if entry is not None:
-            setup.model.load_state_dict(entry[0])
+            model.load_state_dict(entry[0])
             return
         loader = images.loader(training.batch_size, setup.source.workers, shuffle=True)
         steps = training.epochs * len(loader)
         bar.start(steps, "training")
-        learner = Learner(setup.model, training, setup.source.regression, steps)
+        learner = Learner(model, training, setup.source.regression, steps)
         setup.trainer(bar, max_epochs=training.epochs).fit(learner, loader)
-        setup.cache.save("models", key, setup.model.state_dict(), setup.names)
+        setup.cache.save("models", key, model.state_dict(), setup.names)
 
 
 def collect(setup: Setup, split: str, gram: bool, bar: Bar) -> tuple[dict[str, Moments], Seen]:
@@ -335,15 +335,8 @@ def fit_patterns(setup: Setup, moments: Mapping[str, Moments]) -> dict[str, Patt
 
 def in_weight_shape(setup: Setup, patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
     """The patterns as they are used and saved: shaped and typed as the weights."""
-    shaped = {}
-    for layer, pattern in patterns.items():
-        weight: Any = setup.model.get_submodule(layer).weight
-        shaped[layer] = Pattern(
-            pattern.positive.reshape(weight.shape).to(weight.dtype),
-            pattern.negative.reshape(weight.shape).to(weight.dtype),
-            pattern.dead,
-        )
-    return shaped
+    weights: dict[str, Any] = {layer: setup.model.get_submodule(layer).weight for layer in patterns}
+    return {layer: pattern.shaped_like(weights[layer]) for layer, pattern in patterns.items()}
 
 
 def why_no_accuracy(setup: Setup) -> str | None:
@@ -407,24 +400,26 @@ def chosen_method(setup: Setup) -> tuple[Any, bool]:
     )
 
 
-def _check_method(setup: Setup) -> None:
-    """Makes the method once, so that it can refuse its settings before anything is computed."""
-    weights = {name: setup.model.get_submodule(name).weight.detach() for name in setup.all_layers}  # type: ignore
+def check_method(setup: Setup, method: Any) -> None:
+    """Makes a method once, with the weights for patterns, so that it can refuse its settings before anything is
+    computed."""
+    weights: dict[str, Any] = {name: setup.model.get_submodule(name).weight for name in setup.all_layers}
     own = {name: Pattern(w, w, torch.zeros(len(w), dtype=torch.bool)) for name, w in weights.items()}
-    create(chosen_method(setup)[0], setup.model, own, setup.sample[None])
+    create(method, setup.model, own, setup.sample[None])
 
 
 def method_of(setup: Setup, patterns: Mapping[str, Pattern]) -> Method:
     """The method that explains the network."""
     method, _ = chosen_method(setup)
-    kind = getattr(method, "func", method)
-    return create(method, setup.model, patterns, reference_images(setup) if kind.takes_reference else None)
+    return create(method, setup.model, patterns, reference_images(setup, [method]))
 
 
-def reference_images(setup: Setup) -> Tensor:
-    """Images whose parts may take the place of others': the first of the fit split."""
-    split = setup.splits["fit"].first(100)
-    images = split.collate([split[position] for position in range(len(split))]).images
+def reference_images(setup: Setup, methods: Iterable[Any]) -> Tensor | None:
+    """Images whose parts may take the place of others', the first of the fit split; None where no method asks."""
+    if not any(kind_of(method).takes_reference for method in methods):
+        return None
+    split = setup.splits["fit"]
+    images = split.batch(range(min(100, len(split)))).images
     if images is None:
         raise UserError("none of the first 100 images of the fit split can be read: mend the files")
     return images.to(setup.device)
@@ -444,7 +439,7 @@ def curve_name(setup: Setup, method: str) -> str:
 def explain(setup: Setup, patterns: Mapping[str, Pattern]) -> tuple[Tensor, dict[str, Tensor], list[str]]:
     """The first validation images, their explanations by title, and a caption for each."""
     split = setup.splits["validation"].first(setup.cfg.explanation.images)
-    batch = split.collate([split[position] for position in range(len(split))])
+    batch = split.batch(range(len(split)))
     if batch.images is None:
         raise UserError("none of the first validation images can be read: give more (explanation.images)")
     images = fast_layout(batch.images.to(setup.device))
@@ -547,10 +542,17 @@ def split_table(setup: Setup, unreadable: set[str]) -> pd.DataFrame:
     return table.assign(used=~table.name.isin(unreadable))
 
 
-def output_folder(cfg: DictConfig, folder: Path) -> None:
-    """Checks that results can be written before anything is computed, and unmakes the mark of an earlier run's end."""
+def begin(cfg: DictConfig, folder: Path, *marks: str) -> dict[str, Any]:
+    """Opens a run's folder: checks that results can be written before anything is computed, unmakes ``summary.json``
+    and the other ``marks`` of an earlier run's end, and writes the configuration down, which it returns as plain data.
+
+    Raises:
+        UserError: where the folder cannot be written.
+    """
+    _quiet_lightning()
     try:
-        (folder / "summary.json").unlink(missing_ok=True)
+        for mark in ("summary.json", *marks):
+            (folder / mark).unlink(missing_ok=True)
         probe = folder / ".writable"
         probe.write_text("")
         probe.unlink()
@@ -558,3 +560,13 @@ def output_folder(cfg: DictConfig, folder: Path) -> None:
         raise UserError(
             f"hydra.run.dir={folder} cannot be written ({error.strerror}): choose another folder"
         ) from error
+    write_file(folder / "config.yaml", lambda file: OmegaConf.save(cfg, file, resolve=True))
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def _quiet_lightning() -> None:
+    """The stages say what happens; Lightning's hints about hardware, workers and sizes do not help here."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*predict_dataloader.*")

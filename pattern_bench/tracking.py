@@ -68,8 +68,12 @@ class Tracker:
 
             self.logger.experiment.add_image(name, read_image(str(file), ImageReadMode.RGB))
 
-    def close(self, succeeded: bool) -> None:
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Writes everything out, so that the next job of a sweep starts a run of its own."""
+        succeeded = kind is None
         if self.logger is not None:
             self.logger.finalize("success" if succeeded else "failed")
         if self.kind == "wandb":

@@ -26,6 +26,11 @@ class Pattern:
     negative: Tensor
     dead: Tensor
 
+    def shaped_like(self, weight: Tensor) -> Pattern:
+        """The same in the weight's shape and precision."""
+        positive, negative = (part.reshape(weight.shape).to(weight.dtype) for part in (self.positive, self.negative))
+        return Pattern(positive, negative, self.dead)
+
 
 class Estimator:
     """Base of the signal estimators.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -66,6 +66,10 @@ class Split(Dataset):
         images = torch.stack([item[0] for item in good]) if good else None
         targets = torch.tensor([t for _, t, _ in good], dtype=torch.float32 if self.regression else torch.int64)
         return Batch(images, targets, torch.tensor([p for _, _, p in good]), bad)
+
+    def batch(self, positions: Iterable[int]) -> Batch:
+        """The images at these positions."""
+        return self.collate([self[position] for position in positions])
 
     def loader(self, batch_size: int, workers: int, shuffle: bool = False) -> DataLoader:
         return DataLoader(self, batch_size=batch_size, shuffle=shuffle, num_workers=workers, collate_fn=self.collate)

@@ -223,6 +223,12 @@ class _NotDifferentiable(torch.autograd.Function):
         )
 
 
+def kind_of(method: Any) -> type[Method]:
+    """The class behind a method that is still to be given its network."""
+    kind: Any = method.func if isinstance(method, partial) else method
+    return kind
+
+
 def create(
     method: partial[Method] | type[Method],
     model: nn.Module,
@@ -237,7 +243,7 @@ def create(
         patterns: by layer, of any estimator.
         reference: (R, ...), other images, for methods that replace parts of an image by parts of others.
     """
-    kind: Any = method.func if isinstance(method, partial) else method
+    kind = kind_of(method)
     given: dict[str, Any] = {}
     if kind.needs_patterns:
         given["patterns"] = patterns
