@@ -10,11 +10,12 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pattern_bench.config import check_complete
 from pattern_bench.errors import UserError
+from pattern_bench.launch import Job, cannot_use, launch, number_from_outside
 
 HERE = Path(__file__).parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
@@ -25,9 +26,58 @@ def job(cfg: DictConfig) -> None:
     check_complete(cfg)
     from pattern_bench.job import run
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    run(cfg, folder)
-    print(f"results: {folder}")
+    start(run, cfg)
+
+
+def start(job: Job, cfg: DictConfig) -> None:
+    """Runs ``job`` in Hydra's folder, in as many processes as ``cfg.trainer`` says."""
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    launch(job, cfg, folder, OmegaConf.to_container(hydra_config.job_logging, resolve=True))
+    if number_from_outside() is None or number_from_outside()[0] == 0:
+        print(f"results: {folder}")
+
+
+def arguments(given: list[str]) -> list[str]:
+    """The command line as Hydra is to see it.
+
+    ``resume=DIR`` becomes the overrides of the run in ``DIR``, before those given, and its folder. A process that
+    torchrun or srun started beside the first leaves nothing of its own.
+
+    Raises:
+        UserError: where ``DIR`` is no run's folder, or a sweep is started in several processes.
+    """
+    kept = [argument for argument in given if not argument.startswith("resume=")]
+    folders = [argument.removeprefix("resume=").strip("'\"") for argument in given if argument.startswith("resume=")]
+    if folders and folders[-1] not in ("", "null"):
+        kept = [*_overrides_of(folders[-1], kept), *kept, f"hydra.run.dir='{folders[-1]}'"]
+    outside = number_from_outside()
+    if outside is None:
+        return kept
+    if any(argument in ("-m", "--multirun") for argument in kept):
+        raise UserError(
+            "--multirun starts jobs of its own: run it without torchrun and srun, with trainer.devices=N for several "
+            "processes in each job"
+        )
+    if outside[0] > 0:
+        kept += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled"]
+    return kept
+
+
+def _overrides_of(folder: str, given: list[str]) -> list[str]:
+    """The overrides of an earlier run, but for those that are given anew."""
+    file = Path(folder) / ".hydra" / "overrides.yaml"
+    if not file.is_file():
+        raise UserError(
+            f"resume={folder} is not the folder of a run ({file} is missing): give the one that it printed, or repeat "
+            "a sweep's command with hydra.sweep.dir=DIR"
+        )
+    new = {_key(argument) for argument in given}
+    return [str(override) for override in OmegaConf.load(file) if _key(str(override)) not in new]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").split("=")[0]
 
 
 def command_line(command: Callable[[], None]) -> None:
@@ -35,14 +85,14 @@ def command_line(command: Callable[[], None]) -> None:
     # Hydra's own handler would show a traceback for every exception that is not its own.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
+        sys.argv[1:] = arguments(sys.argv[1:])
         command()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         # Hydra keeps what was wrong in the cause of some of its errors.
         messages = [str(e).strip() for e in (error, error.__cause__) if e is not None and str(e).strip()]
         sys.exit("error: " + "\n".join(dict.fromkeys(messages)))
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        sys.exit(f"error: cannot use{where} ({error.strerror or error}): free space, or choose another hydra.run.dir")
+        sys.exit(f"error: {cannot_use(error)}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

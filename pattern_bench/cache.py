@@ -70,15 +70,17 @@ class Cache:
             log.warning("cache entry %s is damaged (%s): computing it again", path, error)
             return None
 
-    def save(self, kind: str, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Stores an entry. A disk that is full costs the entry, not the job."""
+    def save(self, kind: str, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
+        """Stores an entry, and says whether it did. A disk that is full costs the entry, not the job."""
         if not self.writable:
-            return
+            return False
         path = self._path(kind, key)
         try:
             path.parent.mkdir(exist_ok=True)
             write_tensors(path, tensors, metadata)
+            return True
         except OSError as error:
             if not self.full:
                 log.warning("cache entry %s cannot be written (%s): going on without it", path, error.strerror)
             self.full = True
+            return False

@@ -25,8 +25,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from pattern_bench import figures, results, stages
-from pattern_bench.chosen import SLOW, Explainer, check_methods, chosen_methods, refuse_unused
+from pattern_bench import explanations, figures, fitting, results
+from pattern_bench.chosen import SLOW, Explainer, check_methods, chosen_methods, one_process, refuse_unused
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.layers import Scratch
@@ -36,8 +36,9 @@ from pattern_bench.data.splits import Split
 from pattern_bench.errors import UserError
 from pattern_bench.methods.base import Method, kind_of
 from pattern_bench.methods.patterns import LrpZ
+from pattern_bench.preparation import Setup, prepare
 from pattern_bench.progress import Bar, Stages
-from pattern_bench.stages import Setup
+from pattern_bench.record import begin
 from pattern_bench.streams import fast_layout
 from pattern_bench.tracking import Tracker
 
@@ -67,12 +68,13 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: for what the user can mend.
     """
-    config = stages.begin(cfg, folder, SUMMARY)
+    one_process(cfg)
+    config = begin(cfg, folder, SUMMARY)
     _check(cfg)
     methods = chosen_methods(cfg, [name for name in cfg.methods if name not in MANY_PASSES])
     shown = Stages()
     with shown.run("prepare", "prepare data and model") as bar:
-        setup = stages.prepare(cfg, bar)
+        setup = prepare(cfg, folder, bar, explanations.check)
         check_methods(setup, methods)
         if cfg.start == "classes" and cfg.directions > setup.outputs:
             raise UserError(f"directions={cfg.directions} is more than the {setup.outputs} classes: ask for fewer")
@@ -115,11 +117,11 @@ def _checks(
     patterns: dict[str, Pattern] = {}
     if needed:
         with shown.run("fit_patterns", "fit patterns on the first half") as bar:
-            moments, _ = stages.collect(setup, "fit", False, bar)
-            patterns = stages.fit_patterns(setup, moments)
+            moments, _ = fitting.collect(setup, "fit", False, bar)
+            patterns = fitting.fit_patterns(setup, moments)
     setup.model.to(setup.device)
     images = images.to(setup.device)
-    reference = stages.reference_images(setup, methods.values())
+    reference = explanations.reference_images(setup, methods.values())
     explainer = Explainer(setup.model, patterns, reference, setup.source.batch_size)
     left_out: dict[str, str] = {}
 
@@ -264,7 +266,7 @@ def _refitted(setup: Setup, model: nn.Module, layers: list[str], images: Tensor)
         for part in images.split(setup.source.batch_size):
             model(fast_layout(part.to(setup.device)))
     moments = {name: collector.moments().to("cpu") for name, collector in collectors.items()}
-    return stages.fit_patterns(replace(setup, model=model), moments)
+    return fitting.fit_patterns(replace(setup, model=model), moments)
 
 
 # --- convergence of directions ---

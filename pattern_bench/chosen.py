@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from pattern_bench.config import build
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.errors import UserError, did_you_mean
+from pattern_bench.explanations import check_method
+from pattern_bench.launch import processes_per_node
 from pattern_bench.methods.base import Method, create, kind_of
-from pattern_bench.stages import Setup, check_method
+from pattern_bench.preparation import Setup
 from pattern_bench.streams import fast_layout
 
 SLOW = ("occlusion", "prediction_difference")
@@ -33,6 +35,17 @@ def refuse_unused(overrides: Iterable[str], command: str, unused: Sequence[str] 
         key = override.lstrip("+~").split("=")[0]
         if key.split(".")[0] in unused:
             raise UserError(f"{override} has no effect on {command}: leave it out")
+
+
+def one_process(cfg: DictConfig) -> None:
+    """
+    Raises:
+        UserError: where the settings ask for several processes, which the job has a use for and these commands not.
+    """
+    if processes_per_node(cfg.trainer) * cfg.trainer.get("num_nodes", 1) > 1:
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices}: this command runs in one process; give trainer.devices=1"
+        )
 
 
 def names_shown(cfg: DictConfig, choices: Mapping[str, Any], default: Sequence[str]) -> list[str]:

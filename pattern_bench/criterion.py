@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
+from pattern_bench import ranks
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.moments import Moments
 from pattern_bench.core.network import collecting
 from pattern_bench.core.quality import Probe, Target, rho
 from pattern_bench.core.reading import Reader
-from pattern_bench.data.splits import SPLITS
+from pattern_bench.data.splits import GlobalBatches
 from pattern_bench.errors import UserError
+from pattern_bench.fitting import SplitMoments, fit_pattern
+from pattern_bench.passes import Met, digest_of, met, stream_over
+from pattern_bench.preparation import Setup, checkpoint
 from pattern_bench.progress import Bar
-from pattern_bench.results import BOOTSTRAP_COLUMNS, rho_rows
-from pattern_bench.stages import Setup, fit_pattern, kept_moments
+from pattern_bench.results import BOOTSTRAP_COLUMNS, RHO_COLUMNS, rho_rows
 from pattern_bench.streams import ReaderDescent, ReadingStream, Seen, fast_layout
 
+ROUND = 100
+"""Batches, at most, after which descent looks at its loss and keeps its state."""
 AGREEMENT = 0.02
 """A difference in ρ that no figure shows."""
 
@@ -60,8 +63,10 @@ def closed_form(
     test: Mapping[str, Moments],
     bar: Bar,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    """rho of every neuron, and the regularisation that each layer needed."""
+    """rho of every neuron, and the regularisation that each layer needed; in the first process, as it has the moments."""
     tables, regularisation = [], {}
+    if not ranks.first():
+        return pd.DataFrame(columns=list(RHO_COLUMNS)), {}
     bar.start(len(patterns))
     for layer, pattern in patterns.items():
         values, regularisation[layer] = _layer_rho(setup, layer, pattern, probe[layer], test[layer])
@@ -88,11 +93,11 @@ def _layer_rho(setup: Setup, layer: str, pattern: Pattern, probe: Moments, test:
 
 
 def descent(
-    setup: Setup, patterns: Mapping[str, Pattern], folder: Path, fit_bar: Bar
-) -> tuple[dict[str, Reader], dict[str, Any], Seen]:
+    setup: Setup, patterns: Mapping[str, Pattern], fit_bar: Bar
+) -> tuple[dict[str, Reader], dict[str, Any], Met]:
     """Readers of the selected layers, fitted on the probe split; what the descent took; what it met.
 
-    The readers of the epoch with the lowest loss are kept in ``folder/checkpoints``, and are those returned.
+    The readers of the round with the lowest loss are kept in the run's ``checkpoints``, and are those returned.
     """
     cfg, split = setup.cfg.probe, setup.splits["probe"]
     layers: dict[str, Any] = {layer: setup.model.get_submodule(layer) for layer in patterns}
@@ -100,27 +105,48 @@ def descent(
         layer: Reader(layers[layer], pattern, setup.cfg.criterion, cfg.regularisation).to(setup.device)
         for layer, pattern in patterns.items()
     }
-    first = next((batch.images for batch in setup.loader(split) if batch.images is not None), None)
+    setup.model.to(setup.device)
+    used = {f"{layer}/{part}": tensor for layer, p in patterns.items() for part, tensor in vars(p).items()}
+    parts = {
+        "model": setup.model_key, "images": split.fingerprint, "patterns": digest_of(used), "seed": setup.cfg.seed,
+        "criterion": setup.cfg.criterion, "probe": dict(cfg), "batch_size": setup.source.batch_size,
+    }  # fmt: skip
+    partial = setup.partial("readers", **parts)
+    batches = GlobalBatches(len(split), setup.source.batch_size, setup.cfg.seed, ranks.rank(), ranks.size(), most=ROUND)
+    module = ReaderDescent(setup.model, readers, cfg.learning_rate, cfg.steps, batches.batch_size)
+    if (kept := partial.load()) is not None:
+        state = kept[0]
+        module.load_state_dict({name: tensor for name, tensor in state.items() if name.startswith("readers.")})
+        took = {"steps": int(state["steps"]), "loss": float(state["loss"]), "stopped_early": bool(state["early"])}
+        return readers, took, met(split, Seen.from_tensors(state))
+    _calibrate(setup, readers)
+    fit_bar.start(cfg.steps)
+    best = ModelCheckpoint(setup.folder / "checkpoints", "readers-{step}", monitor="loss", save_on_train_epoch_end=True)
+    patience = EarlyStopping("loss", patience=cfg.patience, min_delta=1e-5, check_on_train_epoch_end=True)
+    # Last, so that it holds what the others have come to.
+    every_round, last = checkpoint(setup.folder, f"readers-{partial.key}")
+    trainer = setup.trainer(fit_bar, best, patience, every_round, max_steps=cfg.steps, max_epochs=-1)
+    trainer.fit(module, split.shuffled(batches, setup.source.workers), ckpt_path=last, weights_only=True)
+    state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+    state = {name: tensor for name, tensor in state.items() if name.startswith("readers.")}
+    module.load_state_dict(state)
+    loss = float(best.best_model_score or 0)
+    took = {"steps": trainer.global_step, "loss": loss, "stopped_early": patience.stopped_epoch > 0}
+    ends = {"steps": trainer.global_step, "loss": loss, "early": took["stopped_early"]}
+    end = {name: torch.tensor(value, dtype=torch.float64) for name, value in ends.items()}
+    partial.save(state | end | module.seen.tensors(), len(split))
+    return readers, took, met(split, module.seen)
+
+
+def _calibrate(setup: Setup, readers: Mapping[str, Reader]) -> None:
+    """Shows the readers one batch, the same in every process."""
+    split = setup.splits["probe"]
+    loader = setup.loader(split, split.share())
+    first = next((batch.images for batch in loader if batch.images is not None), None)
     if first is None:
         raise UserError(f"none of the {len(split)} images of the probe split can be read: mend the files")
-    setup.model.to(setup.device)
     with torch.no_grad(), collecting(setup.model, {name: _Calibration(reader) for name, reader in readers.items()}):
         setup.model(fast_layout(first.to(setup.device)))
-    fit_bar.start(cfg.steps)
-    module = ReaderDescent(setup.model, readers, cfg.learning_rate, cfg.steps, setup.source.batch_size)
-    best = ModelCheckpoint(folder / "checkpoints", "readers-{step}", monitor="loss", save_on_train_epoch_end=True)
-    patience = EarlyStopping("loss", patience=cfg.patience, min_delta=1e-5, check_on_train_epoch_end=True)
-    pl.seed_everything(setup.cfg.seed, workers=True, verbose=False)  # of the order of images
-    trainer = setup.trainer(fit_bar, best, patience, max_steps=cfg.steps, max_epochs=-1)
-    trainer.fit(module, setup.loader(split, shuffle=True))
-    state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-    module.load_state_dict({key: tensor for key, tensor in state.items() if key.startswith("readers.")})
-    took = {
-        "steps": trainer.global_step,
-        "loss": float(best.best_model_score or 0),
-        "stopped_early": patience.stopped_epoch > 0,
-    }
-    return readers, took, module.seen
 
 
 class _Calibration:
@@ -137,17 +163,19 @@ class _Calibration:
 
 def measure_readers(
     setup: Setup, patterns: Mapping[str, Pattern], readers: Mapping[str, Reader], bar: Bar
-) -> tuple[pd.DataFrame, Seen]:
+) -> tuple[pd.DataFrame, Met]:
     """rho of every neuron from what the readers read on the validation images."""
-    loader = setup.loader(setup.splits["validation"])
-    bar.start(len(loader))
+    split = setup.splits["validation"]
     stream = ReadingStream(setup.model, readers)
-    setup.trainer(bar).predict(stream, loader, return_predictions=False)
-    tables = [
-        _rows(setup, layer, correlation.rho(), patterns[layer].dead, "sgd")
-        for layer, correlation in stream.correlations.items()
-    ]
-    return pd.concat(tables, ignore_index=True), stream.seen
+    partial = setup.partial("read", images=split.fingerprint, readers=digest_of(stream.readers.state_dict()))
+    bar.start(0)
+    stream_over(setup, stream, split, partial, bar)
+    here = met(split, stream.seen)
+    tables = []
+    for layer, correlation in stream.watchers.items():
+        correlation.sums = ranks.total(correlation.sums)
+        tables.append(_rows(setup, layer, correlation.rho(), patterns[layer].dead, "sgd"))
+    return pd.concat(tables, ignore_index=True), here
 
 
 def difference(rho: pd.DataFrame) -> dict[str, Any]:
@@ -174,16 +202,17 @@ def difference(rho: pd.DataFrame) -> dict[str, Any]:
 # --- uncertainty ---
 
 
-def bootstrap(setup: Setup, bar: Bar) -> pd.DataFrame:
-    """Mean and median of rho over live neurons, by layer, with the images of every split drawn again in chunks.
+def bootstrap(setup: Setup, fit: SplitMoments, probe: SplitMoments, test: SplitMoments, bar: Bar) -> pd.DataFrame:
+    """Mean and median of rho over live neurons, by layer, with the images of every split drawn again in chunks; in the
+    first process, which has the moments.
 
     Patterns, v and ρ are all computed anew for each draw, so the spread is that of the whole procedure.
     """
     settings = setup.cfg.bootstrap
+    rows: list[dict[str, Any]] = []
     bar.start(settings.resamples * len(setup.layers))
-    rows = []
-    for layer in setup.layers:
-        chunks = {split: kept_moments(setup, split, layer, gram=split != "fit") for split in SPLITS}
+    for layer in setup.layers if ranks.first() else ():
+        chunks = {"fit": fit.pieces(layer), "probe": probe.pieces(layer), "validation": test.pieces(layer)}
         for resample in range(settings.resamples):
             # The same draws for every layer.
             generator = torch.Generator().manual_seed(setup.seed(f"bootstrap {resample}"))

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torchvision.models import SqueezeNet1_1_Weights
 
-from pattern_bench import figures, results, stages
+from pattern_bench import explanations, figures, fitting, results
 from pattern_bench.chosen import (
     JOB_ONLY,
     SLOW,
@@ -25,6 +25,7 @@ from pattern_bench.chosen import (
     check_methods,
     chosen_methods,
     names_shown,
+    one_process,
     refuse_unused,
 )  # fmt: skip
 from pattern_bench.config import build
@@ -36,8 +37,9 @@ from pattern_bench.figures import Panel
 from pattern_bench.files import write_tensors
 from pattern_bench.methods.base import kind_of
 from pattern_bench.methods.patterns import LrpZ
+from pattern_bench.preparation import Setup, prepare
 from pattern_bench.progress import Stages
-from pattern_bench.stages import Setup
+from pattern_bench.record import begin
 from pattern_bench.tracking import Tracker
 
 FIGURES = ("fig1", "fig4b", "fig5")
@@ -80,7 +82,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: for what the user can mend.
     """
-    config = stages.begin(cfg, folder, SUMMARY)
+    one_process(cfg)
+    config = begin(cfg, folder, SUMMARY)
     _check(cfg)
     shown = Stages()
     estimators: dict[str, Estimator] = {}
@@ -91,7 +94,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     else:
         methods = chosen_methods(cfg, [name for name in cfg.methods if name not in SLOW])
     with shown.run("prepare", "prepare data and model") as bar:
-        setup = stages.prepare(cfg, bar)
+        setup = prepare(cfg, folder, bar, explanations.check)
         if estimators:
             # Whatever the job's estimator: the figure has its own.
             setup = replace(setup, estimator=next((e for e in estimators.values() if e.has_pattern), setup.estimator))
@@ -122,7 +125,8 @@ def _positions(setup: Setup) -> list[int]:
         if cfg.image >= len(split):
             raise UserError(f"image={cfg.image} is out of range: give 0 to {len(split) - 1}, a validation image")
         if isinstance(item := split[cfg.image], Unreadable):
-            raise UserError(f"image={cfg.image} cannot be read ({item.name}: {item.reason}): choose another")
+            name = split.name(item.position)
+            raise UserError(f"image={cfg.image} cannot be read ({name}: {item.reason}): choose another")
         return [cfg.image]
     if count > len(split):
         raise UserError(f"images={count} is more than the {len(split)} validation images: ask for fewer")
@@ -162,11 +166,11 @@ def _read(setup: Setup, positions: list[int]) -> Shown:
     with torch.no_grad():
         confidence, predicted = torch.cat([setup.model(part.to(setup.device)) for part in parts]).softmax(1).max(1)
     names = class_names(setup)
-    comparable = stages.why_no_accuracy(setup) is None
+    comparable = explanations.why_no_accuracy(setup) is None
     about = []
     for position, target, p, c in zip(positions, batch.targets.tolist(), predicted.tolist(), confidence.tolist(),
                                       strict=True):  # fmt: skip
-        index = split.indices[position]
+        index = int(split.indices[position])
         about.append(
             {
                 "position": position,
@@ -191,9 +195,9 @@ def _patterns(
     if not needed or not fitted:
         return {}
     with shown.run("fit_patterns", "fit patterns on the first half") as bar:
-        moments, _ = stages.collect(setup, "fit", False, bar)
+        moments, _ = fitting.collect(setup, "fit", False, bar)
         return {
-            name: stages.fit_patterns(replace(setup, estimator=estimator), moments)
+            name: fitting.fit_patterns(replace(setup, estimator=estimator), moments)
             for name, estimator in fitted.items()
         }
 
@@ -283,7 +287,7 @@ def _tasks(
 def _column(setup: Setup, chosen: Shown, key: str, title: str, method: Any, patterns: Mapping[str, Pattern]) -> Column:
     if method is None:  # the identity's signal
         return Column(key, title, "signal", chosen.images.double())
-    reference = stages.reference_images(setup, [method])
+    reference = explanations.reference_images(setup, [method])
     explainer = Explainer(setup.model, patterns, reference, setup.source.batch_size)
     found = explainer.explain(method, chosen.images.to(setup.device), chosen.predicted)
     return Column(key, title, kind_of(method).kind, found)

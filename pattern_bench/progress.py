@@ -12,6 +12,8 @@ from pytorch_lightning import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pattern_bench import ranks
+
 
 @dataclass
 class Bar:
@@ -23,6 +25,12 @@ class Bar:
     def start(self, total: int, detail: str = "") -> None:
         """Begins again at 0 of ``total``; ``detail`` stands beside the stage's name."""
         self.progress.reset(self.task, total=total, detail=detail)
+
+    def add_images(self, images: int, done: int, batch_size: int) -> None:
+        """Batches of so many more images to come, some of them done already."""
+        total = self.progress.tasks[self.task].total or 0
+        here, before = -(-images // batch_size), -(-done // batch_size)
+        self.progress.update(self.task, total=total + here, advance=before)
 
     def advance(self, by: int = 1, detail: str | None = None) -> None:
         fields: dict[str, Any] = {} if detail is None else {"detail": detail}
@@ -44,9 +52,10 @@ class LightningBar(Callback):
 
 @dataclass
 class Stages:
-    """Runs stages one after the other; keeps their seconds, and the reasons of those skipped."""
+    """Runs stages one after the other; keeps their seconds, and the reasons of those skipped. Only the first process
+    shows them."""
 
-    console: Console = field(default_factory=lambda: Console(stderr=True))
+    console: Console = field(default_factory=lambda: Console(stderr=True, quiet=not ranks.first()))
     seconds: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 

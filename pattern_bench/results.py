@@ -15,6 +15,7 @@ import pandas as pd
 from torch import Tensor
 
 from pattern_bench.core.estimators import Pattern
+from pattern_bench.data.splits import SPLITS, Split
 from pattern_bench.files import write_file
 
 RHO_COLUMNS = (
@@ -117,10 +118,27 @@ def _number(value: Any) -> float | None:
     return None if value is None or pd.isna(value) else float(value)
 
 
+def versions() -> dict[str, str]:
+    """Of Python and the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
 def environment() -> dict[str, Any]:
     """Versions, and the peak memory of this process in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
         "peak_memory_mib": round(peak / (2**20 if sys.platform == "darwin" else 2**10)),
     }
+
+
+def split_table(splits: Mapping[str, Split], unreadable: set[str]) -> pd.DataFrame:
+    """One row per image: its split, its index in its pool, its name and label, and whether it could be read."""
+    tables = []
+    for name in SPLITS:
+        pool, indices = splits[name].pool, splits[name].indices.tolist()
+        labels = None if pool.labels is None else [pool.labels[i] for i in indices]
+        names = [pool.ids[i] for i in indices]
+        tables.append(pd.DataFrame({"split": name, "index": indices, "name": names, "label": labels}))
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(used=~table.name.isin(unreadable))

@@ -9,7 +9,8 @@ and everything is a matrix product. The rest follows from identities, because u 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -79,6 +80,8 @@ class Collector:
         self.lags: Autocorrelation | None = None
         self.shift: tuple[Tensor, Tensor] | None = None
         self.seen = False
+        self.finite = torch.ones((), dtype=torch.bool, device=like.device)
+        """Whether every input and output was, so far."""
 
     @torch.no_grad()
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -95,7 +98,7 @@ class Collector:
             values += (drawn or y[0, 0].numel()) * self.x.numel()
         images = max(1, self.memory // (values * x.element_size()))
         for part, output in zip(x.split(images), y.split(images), strict=True):
-            self._add(part, output)
+            self._add(part, output, drawn and draw_positions(len(part), y[0, 0].numel(), drawn, self.generator))
 
     def _drawn(self, y: Tensor) -> int:
         """Output positions to draw from each image; 0 where all are taken."""
@@ -103,30 +106,42 @@ class Collector:
         count = max(LEAST_POSITIONS, round(self.positions * there))
         return count if self.positions < 1 and count < there else 0
 
-    def _add(self, x: Tensor, y: Tensor) -> None:
+    def _add(self, x: Tensor, y: Tensor, drawn: Tensor | int, first: int = 0) -> None:
+        """Adds images, or what comes from the sum number ``first`` on: where the memory is too small for one of the
+        sums, it and those after it are taken over half of the images at a time."""
+        done = first
+        try:
+            for part in itertools.islice(self._sums(x, y, drawn), first, None):
+                part()
+                done += 1
+            return
+        except torch.OutOfMemoryError:
+            if len(x) == 1:
+                raise
+        # Out here the failed attempt's tensors are no longer held by its traceback.
+        self.scratch.memory.clear()
+        half = len(x) // 2
+        for here in (slice(half), slice(half, None)):
+            self._add(x[here], y[here], drawn if isinstance(drawn, int) else drawn[here], done)
+
+    def _sums(self, x: Tensor, y: Tensor, drawn: Tensor | int) -> Iterator[Callable[[], None]]:
+        """What a batch adds to each sum, one after the other; nothing is added before the last allocation."""
         if not self.geometry.pads:
             x = pad(x, geometry_of(self.layer))
         gate = torch.gt(y, 0, out=self.scratch.like("gate", y))
+        # -Inf has no trace in the sums: its gate is closed.
+        self.finite &= torch.isfinite(y.sum())
         if self.shift is not None:
             x, y = x - _along(self.shift[0], x), y - _along(self.shift[1], y)
-        drawn = self._drawn(y)
-        if drawn:
-            self._add_drawn(x, y, gate, drawn)
+        if isinstance(drawn, int):
+            yield from self._map_sums(
+                y, gate, lambda: patch_sum(x, self.geometry), lambda maps: cross_sum(x, maps, self.geometry)
+            )
+            if self.wants_gram:
+                yield lambda: self._add_gram_of(x)
             return
-        self._add_maps(y, gate, patch_sum(x, self.geometry), lambda maps: cross_sum(x, maps, self.geometry))
-        if not self.wants_gram:
-            return
-        if applies(self.geometry, x.shape[1], tuple(x.shape[2:])):
-            if self.lags is None:
-                self.lags = Autocorrelation(self.geometry, x.shape[1], self.x, self.scratch)
-            self.lags.add(x)
-        else:
-            self._add_gram(patches(x, self.geometry))
-
-    def _add_drawn(self, x: Tensor, y: Tensor, gate: Tensor, count: int) -> None:
-        there = y[0, 0].numel()
-        positions = draw_positions(len(x), there, count, self.generator).to(x.device)
-        scale = there / count
+        there, positions = y[0, 0].numel(), drawn.to(x.device)
+        scale = there / positions.shape[1]
         p = patches_at(x, self.geometry, positions)
         # One image of B·M positions, (1, N, B·M).
         index = positions[:, None].expand(-1, y.shape[1], -1)
@@ -135,24 +150,49 @@ class Collector:
         def product(maps: Tensor) -> Tensor:
             return scale * (maps.view(self.groups, -1, maps.shape[2]) @ p).flatten(0, 1)
 
-        self._add_maps(y, gate, scale * p.sum(1, dtype=torch.float64), product, scale)
+        yield from self._map_sums(y, gate, lambda: scale * p.sum(1, dtype=torch.float64), product, scale)
         if self.wants_gram:
-            self._add_gram(p, scale)
+            yield lambda: self._add_gram(p, scale)
 
-    def _add_maps(
-        self, y: Tensor, gate: Tensor, x: Tensor, cross: Callable[[Tensor], Tensor], scale: float = 1.0
-    ) -> None:
-        """Adds the sums of patches ``x`` (G, D) and of their products with the maps of the gate, through ``cross``."""
-        self.n += scale * (y.numel() // y.shape[1])
-        self.x += x
-        self.g += scale * (gate.flatten(2).sum(2).sum(0, dtype=torch.float64) if y.ndim > 2 else gate.sum(0))
-        self._accumulate(self.xg, cross(gate))
-        # y times its gate; about zero, this is its positive part.
-        fired = self.scratch.like("fired", y)
-        fired = torch.clamp_min(y, 0, out=fired) if self.shift is None else torch.mul(y, gate, out=fired)
-        self._accumulate(self.x_fired, cross(fired))
+    def _map_sums(
+        self,
+        y: Tensor,
+        gate: Tensor,
+        patch: Callable[[], Tensor],
+        cross: Callable[[Tensor], Tensor],
+        scale: float = 1.0,
+    ) -> Iterator[Callable[[], None]]:
+        """The sums of patches, ``patch`` (G, D), and of their products with the maps of the gate, through ``cross``."""
+
+        def plain() -> None:
+            x = patch()
+            self.finite &= torch.isfinite(x).all()
+            fired = gate.flatten(2).sum(2).sum(0, dtype=torch.float64) if y.ndim > 2 else gate.sum(0)
+            self.n += scale * (y.numel() // y.shape[1])
+            self.x += x
+            self.g += scale * fired
+
+        yield plain
+        yield lambda: self._accumulate(self.xg, cross(gate))
+
+        def active() -> None:
+            # y times its gate; about zero, this is its positive part.
+            fired = self.scratch.like("fired", y)
+            fired = torch.clamp_min(y, 0, out=fired) if self.shift is None else torch.mul(y, gate, out=fired)
+            self._accumulate(self.x_fired, cross(fired))
+
+        yield active
         if self.x_all is not None:
-            self._accumulate(self.x_all, cross(y))
+            every = self.x_all
+            yield lambda: self._accumulate(every, cross(y))
+
+    def _add_gram_of(self, x: Tensor) -> None:
+        if applies(self.geometry, x.shape[1], tuple(x.shape[2:])):
+            if self.lags is None:
+                self.lags = Autocorrelation(self.geometry, x.shape[1], self.x, self.scratch)
+            self.lags.add(x)
+        else:
+            self._add_gram(patches(x, self.geometry))
 
     def _accumulate(self, total: Tensor, part: Tensor) -> None:
         total.add_(self.scratch.like("wide", total).view(part.shape).copy_(part).view_as(total))
@@ -165,7 +205,8 @@ class Collector:
         step = max(1, self.memory // (12 * groups * d))
         for start in range(0, d, step):
             rows = slice(start, start + step)
-            self.gram[:, rows].add_(p[:, :, rows].mT @ p, alpha=scale)
+            product = self.scratch.like("product", p, (groups, len(range(d)[rows]), d))
+            self.gram[:, rows].add_(torch.matmul(p[:, :, rows].mT, p, out=product), alpha=scale)
 
     def _whole_gram(self) -> Tensor | None:
         if not self.wants_gram:
@@ -174,6 +215,38 @@ class Collector:
             return self.x.new_zeros(*self.x.shape, self.x.shape[1]) if self.gram is None else self.gram.clone()
         correlated = self.lags.gram()
         return correlated if self.gram is None else correlated.add_(self.gram)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums as they are, for :meth:`restore`: going on from them gives the same to the bit."""
+        state = {"n": self.x.new_tensor(self.n), "x": self.x, "g": self.g, "xg": self.xg, "x_fired": self.x_fired}
+        state["generator"] = self.generator.get_state()
+        if self.x_all is not None:
+            state["x_all"] = self.x_all
+        if self.gram is not None:
+            state["gram"] = self.gram
+        if self.shift is not None:
+            state["shift_x"], state["shift_y"] = self.shift
+        if self.lags is not None:
+            state |= {f"lags/{name}": tensor for name, tensor in self.lags.sums().items()}
+        return state if self.seen else {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from the ``state`` of a collector of the same layer and settings."""
+        if not state:
+            return
+        here = {name: tensor.to(self.x.device, copy=True) for name, tensor in state.items() if name != "generator"}
+        self.seen, self.n = True, float(state["n"])
+        self.generator.set_state(state["generator"])
+        self.x, self.g, self.xg, self.x_fired = here["x"], here["g"], here["xg"], here["x_fired"]
+        self.x_all, self.gram = here.get("x_all"), here.get("gram")
+        if "shift_x" in here:
+            self.shift = here["shift_x"], here["shift_y"]
+        if self.shift is not None or self.geometry.padding_mode != "zeros":
+            self.geometry = self.geometry.unpadded()
+        lags = {name.removeprefix("lags/"): tensor for name, tensor in here.items() if name.startswith("lags/")}
+        if lags:
+            self.lags = Autocorrelation(self.geometry, lags["full"].shape[0], self.x, self.scratch)
+            self.lags.restore(lags)
 
     def moments(self) -> Moments:
         """The sums so far, about zero whatever they were taken about."""
@@ -198,8 +271,8 @@ class Collector:
         un = (weight * x).sum(1) + offset * n - ug
         xug, xun = xug + about * ug[:, None], xun + about * un[:, None]
         if gram is not None and self.shift is not None:
-            cross = c[:, :, None] * self.x[:, None, :]
-            gram = gram + cross + cross.mT + n * c[:, :, None] * c[:, None, :]
+            for one, other in ((c, self.x), (self.x, c), (n * c, c)):
+                gram.baddbmm_(one[:, :, None], other[:, None, :])
         return Moments(
             n=n,
             x=self.x + n * c,

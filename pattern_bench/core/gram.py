@@ -10,6 +10,7 @@ They are plain sums too, so they add up over batches and are assembled once, at 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -75,20 +76,34 @@ class Autocorrelation:
         self.corner = {key: zero(1, 1) for key in itertools.product(self.row_lines, self.column_lines)}
 
     def add(self, x: Tensor) -> None:
-        """Adds a batch of inputs (B, C, H, W), padding not written out."""
-        self.full += self._correlate(x, x, self.kh, self.kw)
+        """Adds a batch of inputs (B, C, H, W), padding not written out; where memory is too small for it, nothing."""
+        parts = [(self.full, self._correlate(x, x, self.kh, self.kw))]
         for (line, offset), total in self.row.items():
             one = x.select(2, line % x.shape[2])[:, :, None]
             other = x.select(2, line % x.shape[2] + offset)[:, :, None]
-            total += self._correlate(one, other, 1, self.kw)
+            parts.append((total, self._correlate(one, other, 1, self.kw)))
         for (line, offset), total in self.column.items():
             one = x.select(3, line % x.shape[3])[:, :, :, None]
             other = x.select(3, line % x.shape[3] + offset)[:, :, :, None]
-            total += self._correlate(one, other, self.kh, 1)
+            parts.append((total, self._correlate(one, other, self.kh, 1)))
         for ((r, dr), (c, dc)), total in self.corner.items():
             row, column = r % x.shape[2], c % x.shape[3]
             one, other = x[:, :, row, column, None, None], x[:, :, row + dr, column + dc, None, None]
-            total += self._correlate(one, other, 1, 1)
+            parts.append((total, self._correlate(one, other, 1, 1)))
+        for total, part in parts:
+            total += part
+
+    def sums(self) -> dict[str, Tensor]:
+        """The running sums by name."""
+        found = {"full": self.full}
+        for kind, sums in (("row", self.row), ("column", self.column), ("corner", self.corner)):
+            found |= {f"{kind}/{key}": tensor for key, tensor in sums.items()}
+        return found
+
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """Goes on from the :meth:`sums` of another for the same layer."""
+        for name, tensor in self.sums().items():
+            tensor.copy_(sums[name])
 
     def _correlate(self, one: Tensor, other: Tensor, kh: int, kw: int) -> Tensor:
         """Σ one[q] ⊗ other[q + offset], row offsets 0..kh-1 and column offsets -(kw-1)..kw-1: (C, C/G, kh, 2kw-1)."""
@@ -106,15 +121,17 @@ class Autocorrelation:
         taps = list(itertools.product(range(self.kh), range(self.kw)))
         # Offsets first, so that a block is contiguous.
         full = self.full.permute(2, 3, 0, 1).contiguous()
-        gram = self.full.new_empty(len(taps), len(taps), groups, c, c)
+        d = c * len(taps)
+        gram = self.full.new_empty(groups, d, d)
+        # Written where it belongs: a second tensor of this size can have gigabytes.
+        blocks = gram.view(groups, c, len(taps), c, len(taps)).permute(2, 4, 0, 1, 3)
         for (a, i), (b, j) in itertools.product(enumerate(taps), repeat=2):
             if j[0] > i[0] or (j[0] == i[0] and j[1] >= i[1]):
                 block = self._block(full, i, j).view(groups, c, c)
-                gram[a, b] = block
+                blocks[a, b] = block
                 if a != b:
-                    gram[b, a] = block.mT
-        d = c * len(taps)
-        return gram.permute(2, 3, 0, 4, 1).reshape(groups, d, d)
+                    blocks[b, a] = block.mT
+        return gram
 
     def _block(self, full: Tensor, i: tuple[int, int], j: tuple[int, int]) -> Tensor:
         """The entries of taps i and j, (C, C/G): everything, less the lines that tap i never reaches."""

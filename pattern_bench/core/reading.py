@@ -6,6 +6,7 @@ geometry and a scaled u. Unlike the closed form this serves the criterion ``posi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -204,6 +205,14 @@ class Correlation:
         products = (counts, counts * target, counts * read, counts * target.square(), counts * read.square(),
                     counts * target * read)  # fmt: skip
         self.sums += torch.stack([product.sum(axes) for product in products])
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums so far, for :meth:`restore`."""
+        return {"sums": self.sums}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from another's ``state``."""
+        self.sums = state["sums"].to(self.sums.device, copy=True)
 
     def rho(self) -> Tensor:
         """1 - corr(t, vᵀd), (N,); NaN where the target does not vary, 1 where v reads nothing."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from pattern_bench.cache import Cache
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -27,6 +29,8 @@ class Pool:
     labels: Sequence[float] | None
     classes: int | None
     fingerprint: str
+    sequential = False
+    """Whether images are read best in the order of their indices, as from an archive."""
 
     def image(self, index: int) -> Any:
         """A PIL image in RGB, or a float tensor. May raise OSError or ValueError for an unreadable file."""
@@ -61,6 +65,8 @@ class Source:
     """
 
     regression = False
+    cache: Cache | None = None
+    """Where listings of many files are kept; set by the job before it asks for the pools."""
     signal: Tensor | None = None
     """The true signal direction of a layer's input, where the data are made so that it is known."""
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pattern_bench.data.source import Pool, Source
 from pattern_bench.errors import UserError
@@ -20,26 +20,27 @@ SPLITS = ("fit", "probe", "validation")
 
 
 class Batch(NamedTuple):
-    """Images (B, ...) with targets (B,) (class indices, regression targets, or -1 where there is none), positions
-    in the split, and the names of those left out because they cannot be read. ``images`` is None when all were."""
+    """Images (B, ...) with targets (B,) (class indices, regression targets, or -1 where there is none) and positions
+    in the split, and the positions of those left out because they cannot be read. ``images`` is None when all were."""
 
     images: Tensor | None
     targets: Tensor
     positions: Tensor
-    unreadable: list[str]
+    unreadable: list[int]
 
 
 class Unreadable(NamedTuple):
-    name: str
+    position: int
     reason: str
 
 
 @dataclass
 class Split(Dataset):
-    """Some images of a pool, in a fixed order."""
+    """Some images of a pool, in a fixed order: ``indices`` (n,) int64, one tensor, since a list of a million numbers
+    would be copied page by page into every worker."""
 
     pool: Pool
-    indices: list[int]
+    indices: Tensor
     regression: bool
     strict: bool
     transform: Callable[[Any], Tensor] = field(default=lambda image: image)
@@ -48,7 +49,7 @@ class Split(Dataset):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, float, int] | Unreadable:
-        index = self.indices[position]
+        index = int(self.indices[position])
         try:
             image = self.pool.image(index)
         except (OSError, ValueError, SyntaxError, MemoryError) as error:
@@ -56,40 +57,101 @@ class Split(Dataset):
                 raise UserError(
                     f"data.strict=true, and {self.pool.ids[index]} cannot be read ({error}): mend or remove it"
                 ) from error
-            return Unreadable(self.pool.ids[index], str(error))
+            return Unreadable(position, str(error))
         target = -1 if self.pool.labels is None else self.pool.labels[index]
-        return self.transform(image), target, position
+        return self.transform(image), float(target), position
+
+    def name(self, position: int) -> str:
+        """The name of the image at a position."""
+        return self.pool.ids[int(self.indices[position])]
 
     def collate(self, items: list[tuple[Tensor, float, int] | Unreadable]) -> Batch:
         good = [item for item in items if not isinstance(item, Unreadable)]
-        bad = [item.name for item in items if isinstance(item, Unreadable)]
+        bad = [item.position for item in items if isinstance(item, Unreadable)]
         images = torch.stack([item[0] for item in good]) if good else None
         targets = torch.tensor([t for _, t, _ in good], dtype=torch.float32 if self.regression else torch.int64)
-        return Batch(images, targets, torch.tensor([p for _, _, p in good]), bad)
+        return Batch(images, targets, torch.tensor([p for _, _, p in good], dtype=torch.int64), bad)
 
     def batch(self, positions: Iterable[int]) -> Batch:
         """The images at these positions."""
         return self.collate([self[position] for position in positions])
 
-    def loader(self, batch_size: int, workers: int, shuffle: bool = False) -> DataLoader:
-        return DataLoader(self, batch_size=batch_size, shuffle=shuffle, num_workers=workers, collate_fn=self.collate)
+    def share(self, rank: int = 0, size: int = 1) -> Tensor:
+        """The positions that one of ``size`` processes visits: every position is one process's, and only one's."""
+        # Sums do not ask for an order, so images that are read best one after the other are.
+        order = self.indices.argsort() if self.pool.sequential else torch.arange(len(self))
+        return order.tensor_split(size)[rank]
+
+    def loader(self, positions: Iterable[int], batch_size: int, workers: int) -> DataLoader:
+        """Batches of the images at these positions, in their order."""
+        return self._loader(workers, batch_size=batch_size, sampler=positions)
+
+    def shuffled(self, batches: GlobalBatches, workers: int) -> DataLoader:
+        """Batches of images in random order, for training."""
+        return self._loader(workers, batch_sampler=batches)
+
+    def _loader(self, workers: int, **order: Any) -> DataLoader:
+        return DataLoader(self, num_workers=workers, collate_fn=self.collate, **order)
+
+    def _of(self, indices: Tensor) -> Split:
+        return Split(self.pool, indices, self.regression, self.strict, self.transform)
 
     def first(self, count: int) -> Split:
         """The first ``count`` images."""
-        return Split(self.pool, self.indices[:count], self.regression, self.strict, self.transform)
+        return self._of(self.indices[:count])
 
     def chunks(self, count: int) -> list[Split]:
         """The images in ``count`` parts of the same size, or nearly so."""
         ends = [round(i * len(self) / count) for i in range(count + 1)]
-        return [
-            Split(self.pool, self.indices[start:end], self.regression, self.strict, self.transform)
-            for start, end in itertools.pairwise(ends)
-        ]
+        return [self._of(self.indices[start:end]) for start, end in itertools.pairwise(ends)]
 
     @property
     def fingerprint(self) -> str:
-        content = f"{self.pool.fingerprint} {self.indices} {self.transform!r}"
-        return hashlib.sha256(content.encode()).hexdigest()
+        digest = hashlib.sha256(f"{self.pool.fingerprint} {self.transform!r} ".encode())
+        digest.update(self.indices.numpy().tobytes())
+        return digest.hexdigest()
+
+
+class GlobalBatches(Sampler[list[int]]):
+    """Batches of a random order that all processes agree on, of which each takes its share.
+
+    The order is a function of seed and round alone, so training that is taken up again goes on as it would have, and
+    the processes together take the very batches that one alone would.
+
+    Args:
+        images: how many there are.
+        batch_size: of the processes together.
+        seed: of the order.
+        rank, size: this process, and how many there are.
+        most: batches in a round, where there are more than that.
+    """
+
+    def __init__(
+        self, images: int, batch_size: int, seed: int, rank: int = 0, size: int = 1, most: int | None = None
+    ) -> None:
+        self.images, self.batch_size, self.seed, self.rank, self.size = images, batch_size, seed, rank, size
+        self.passes = -(-images // batch_size)
+        self.length = self.passes if most is None else min(self.passes, most)
+        self.round = 0
+        self.sampler = self  # where Lightning looks for set_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self.round = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.round * self.length
+        for number in range(first, first + self.length):
+            passed, place = divmod(number, self.passes)
+            if number == first or place == 0:
+                order = torch.randperm(self.images, generator=self._generator(passed))
+            batch = order[place * self.batch_size : (place + 1) * self.batch_size]
+            yield batch.tensor_split(self.size)[self.rank].tolist()
+
+    def _generator(self, passed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(((self.seed << 32) + passed) % 2**63)
 
 
 def make_splits(source: Source, seed: int) -> dict[str, Split]:
@@ -103,8 +165,7 @@ def make_splits(source: Source, seed: int) -> dict[str, Split]:
     train_order = _drawn(train, source.limit, generator)
     if validation is None:
         sizes = _sizes(source, {"validation": source.validation, "fit": source.fit, "probe": source.probe}, train_order)
-        parts = torch.tensor(train_order).split([*sizes, len(train_order) - sum(sizes)])
-        held, fit, probe = (part.tolist() for part in parts[:3])
+        held, fit, probe = train_order.split([*sizes, len(train_order) - sum(sizes)])[:3]
         validation = train
     else:
         sizes = _sizes(source, {"fit": source.fit, "probe": source.probe}, train_order)
@@ -120,16 +181,16 @@ def make_splits(source: Source, seed: int) -> dict[str, Split]:
 
 def joined(fit: Split, probe: Split) -> Split:
     """The whole training set, for training a model."""
-    return Split(fit.pool, fit.indices + probe.indices, fit.regression, fit.strict, fit.transform)
+    return Split(fit.pool, torch.cat([fit.indices, probe.indices]), fit.regression, fit.strict, fit.transform)
 
 
-def _drawn(pool: Pool, limit: int | None, generator: torch.Generator) -> list[int]:
+def _drawn(pool: Pool, limit: int | None, generator: torch.Generator) -> Tensor:
     if limit is not None and limit < 1:
         raise UserError(f"data.limit={limit} leaves no image: give a positive number, or null for all")
-    return torch.randperm(len(pool.ids), generator=generator).tolist()[:limit]
+    return torch.randperm(len(pool.ids), generator=generator)[:limit]
 
 
-def _sizes(source: Source, wanted: dict[str, float], images: list[int]) -> list[int]:
+def _sizes(source: Source, wanted: dict[str, float], images: Tensor) -> list[int]:
     total, ends = 0.0, [0]
     for name, size in wanted.items():
         if size <= 0 or (size > 1 and size != int(size)):

@@ -34,6 +34,8 @@ class Method:
     kind: ClassVar[str]
     needs_patterns: ClassVar[bool] = False
     takes_reference: ClassVar[bool] = False
+    many_passes: ClassVar[bool] = False
+    """Whether an image takes so long that images are explained, and kept, one at a time."""
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):

@@ -79,6 +79,7 @@ class IntegratedGradients(Method):
     """
 
     name = "integrated_gradients"
+    many_passes = True
     kind = "attribution"
 
     def __init__(self, model: nn.Module, steps: int = 50, baseline: float = 0.0, batch_size: int = 16) -> None:
@@ -115,6 +116,7 @@ class SmoothGrad(Method):
     """
 
     name = "smoothgrad"
+    many_passes = True
     kind = "attribution"
 
     def __init__(

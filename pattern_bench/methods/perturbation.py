@@ -65,6 +65,7 @@ class Occlusion(_Windowed):
     """
 
     name = "occlusion"
+    many_passes = True
     kind = "attribution"
 
     def __init__(
@@ -126,6 +127,7 @@ class PredictionDifference(_Windowed):
     """
 
     name = "prediction_difference"
+    many_passes = True
     kind = "attribution"
     takes_reference = True
 

@@ -1,0 +1,252 @@
+"""The stages that ask the network: how often it is right, what explains its answers, and whether to believe that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from pattern_bench import ranks
+from pattern_bench.config import build
+from pattern_bench.core.degradation import area_over_curve, mean_interval, random_ranks
+from pattern_bench.core.estimators import Pattern
+from pattern_bench.data.splits import Split
+from pattern_bench.errors import UserError
+from pattern_bench.methods.base import Method, create, kind_of
+from pattern_bench.methods.patterns import LrpZ, PatternAttribution, PatternNet
+from pattern_bench.passes import digest_of, met, stream_over
+from pattern_bench.preparation import Setup
+from pattern_bench.progress import Bar
+from pattern_bench.streams import AccuracyStream, DegradationStream, ExplanationStream, RowStream
+
+
+def why_no_accuracy(setup: Setup) -> str | None:
+    """Why the network's accuracy cannot be measured, or None."""
+    pool = setup.splits["validation"].pool
+    if setup.source.regression:
+        return f"data={setup.source.name} is a regression"
+    if not setup.classifier:
+        return f"model={setup.model_name} has no classifier"
+    if pool.labels is None:
+        return f"data={setup.source.name} has no labels"
+    if pool.classes != setup.outputs:
+        return (
+            f"data={setup.source.name} has {pool.classes} classes and model={setup.model_name} {setup.outputs} outputs"
+        )
+    return None
+
+
+def why_no_explanation(setup: Setup) -> str | None:
+    """Why the network's answers cannot be explained, or None."""
+    if not setup.classifier:
+        return f"model={setup.model_name} has no classifier, so there is no answer to explain"
+    if setup.sample.ndim != 3:
+        return f"data={setup.source.name} has no images"
+    if setup.layers != setup.all_layers and chosen_method(setup)[1] and setup.estimator.has_pattern:
+        return (
+            f"layer={setup.cfg.layer} selects {len(setup.layers)} of {len(setup.all_layers)} layers, and a whole "
+            "network's explanation needs the patterns of all"
+        )
+    return None
+
+
+def measure_accuracy(setup: Setup, bar: Bar) -> dict[str, Any]:
+    """Top-1 and top-5 accuracy on the validation images."""
+    split = setup.splits["validation"]
+    stream = AccuracyStream(setup.model)
+    bar.start(0)
+    partial = setup.partial("accuracy", model=setup.model_key, images=split.fingerprint)
+    stream_over(setup, stream, split, partial, bar)
+    images = met(split, stream.seen).images
+    partial.remove()
+    top1, top5 = ranks.total(stream.right).tolist()
+    return {"top1": top1 / max(1, images), "top5": top5 / max(1, images), "images": images}
+
+
+def check(setup: Setup) -> None:
+    """
+    Raises:
+        UserError: where the method, or the degradation protocol, cannot serve the network and data.
+    """
+    method, _ = chosen_method(setup)
+    if why_no_explanation(setup) is None:
+        patch_and_steps(setup)
+        check_method(setup, method)
+
+
+def chosen_method(setup: Setup) -> tuple[Any, bool]:
+    """The method to explain with, still to be given its network, and whether it is the estimator's.
+
+    Under S_x, PatternAttribution is the z-rule.
+
+    Raises:
+        UserError: where it needs patterns and the estimator has none.
+    """
+    method = build(setup.cfg.method)
+    if not method.func.needs_patterns:
+        return method, False
+    if setup.estimator.has_pattern:
+        return method, True
+    if method.func is PatternAttribution:
+        return LrpZ, True
+    raise UserError(
+        f"method={method.func.name} needs patterns, and estimator={setup.estimator.name} has none: choose another "
+        "estimator, or a method without patterns such as lrp_z"
+    )
+
+
+def check_method(setup: Setup, method: Any) -> None:
+    """Makes a method once, with the weights for patterns, so that it can refuse its settings before anything is
+    computed."""
+    weights: dict[str, Any] = {name: setup.model.get_submodule(name).weight for name in setup.all_layers}
+    own = {name: Pattern(w, w, torch.zeros(len(w), dtype=torch.bool)) for name, w in weights.items()}
+    create(method, setup.model, own, setup.sample[None])
+
+
+def method_of(setup: Setup, patterns: Mapping[str, Pattern]) -> Method:
+    """The method that explains the network."""
+    method, _ = chosen_method(setup)
+    return create(method, setup.model, patterns, reference_images(setup, [method]))
+
+
+def reference_images(setup: Setup, methods: Iterable[Any]) -> Tensor | None:
+    """Images whose parts may take the place of others', the first of the fit split; None where no method asks."""
+    if not any(kind_of(method).takes_reference for method in methods):
+        return None
+    split = setup.splits["fit"]
+    images = split.batch(range(min(100, len(split)))).images
+    if images is None:
+        raise UserError("none of the first 100 images of the fit split can be read: mend the files")
+    return images.to(setup.device)
+
+
+def curve_name(setup: Setup, method: str) -> str:
+    """A method's name in the degradation results: with what differs from the paper's protocol."""
+    settings = setup.cfg.degradation
+    parts = [method]
+    if settings.order == "least" and method != "random_order":
+        parts.append("least relevant first")
+    if settings.replacement != "mean":
+        parts.append("blur" if settings.replacement == "blur" else f"constant {settings.value:g}")
+    return ", ".join(parts)
+
+
+def explain(setup: Setup, patterns: Mapping[str, Pattern], bar: Bar) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+    """The first validation images, their explanations by title, and a caption for each.
+
+    Raises:
+        UserError: where none of the images can be read.
+    """
+    split = setup.splits["validation"].first(setup.cfg.explanation.images)
+    method = method_of(setup, patterns)
+    methods: dict[str, Method] = {}
+    if setup.estimator.has_pattern and setup.layers == setup.all_layers and not isinstance(method, PatternNet):
+        methods["signal"] = PatternNet(setup.model, patterns)
+    titles = {PatternAttribution: "attribution", PatternNet: "signal", LrpZ: "input × gradient"}
+    title = titles.get(type(method), f"signal, {method.name}" if method.kind == "signal" else method.name)
+    methods[title] = method
+    stream = ExplanationStream(setup.model, len(split), methods)
+    # One image at a time: some methods take minutes for each.
+    rows = _rows(setup, stream, split, "explain", patterns, bar, batch_size=1)
+    if "images" not in rows:
+        raise UserError("none of the first validation images can be read: give more (explanation.images)")
+    captions = [
+        f"predicted {p} ({c:.0%})" + ("" if t < 0 or why_no_accuracy(setup) else f"\ntrue {t}")
+        for p, c, t in zip(
+            rows["predicted"].tolist(), rows["confidence"].tolist(), rows["targets"].tolist(), strict=True
+        )
+    ]
+    return rows["images"], {title: rows[f"explanation/{title}"] for title in methods}, captions
+
+
+def _rows(
+    setup: Setup,
+    stream: RowStream,
+    split: Split,
+    stage: str,
+    patterns: Mapping[str, Pattern],
+    bar: Bar,
+    batch_size: int | None,
+    **more: Any,
+) -> dict[str, Tensor]:
+    """The stream's rows of all images that can be read, from all processes, by name."""
+    used = {f"{layer}/{part}": tensor for layer, p in patterns.items() for part, tensor in vars(p).items()}
+    partial = setup.partial(
+        stage, model=setup.model_key, images=split.fingerprint, patterns=digest_of(used), seed=setup.cfg.seed,
+        method=OmegaConf.to_container(setup.cfg.method), estimator=setup.estimator.name, **more,
+    )  # fmt: skip
+    bar.start(0)
+    stream_over(setup, stream, split, partial, bar, batch_size)
+    rows = _joined_rows(stream)
+    ranks.wait()
+    partial.remove()
+    return rows
+
+
+def _joined_rows(stream: RowStream) -> dict[str, Tensor]:
+    """The rows of all processes; those of images that none could read are left out."""
+    known = ranks.total(stream.known.to(torch.int32)).bool()
+    # A process without images knows neither names nor shapes: it learns them from one that does.
+    described = {name: [str(rows.dtype).removeprefix("torch."), list(rows.shape)] for name, rows in stream.rows.items()}
+    described = json.loads(ranks.text_from_any(json.dumps(described) if described else ""))
+    found = {}
+    for name, (kind, shape) in described.items():
+        mine = stream.rows.get(name)
+        rows = torch.zeros(shape, dtype=getattr(torch, kind)) if mine is None else mine
+        found[name] = ranks.total(rows)[known]
+    return found
+
+
+def patch_and_steps(setup: Setup) -> tuple[int, int]:
+    """Side of a patch and number of patches to replace: the settings, or the paper's 9 and 100 at 224 pixels scaled
+    to the image's size. A patch of one pixel would be replaced by itself, so the default is at least 2."""
+    height, width = setup.sample.shape[1:]
+    patch = setup.cfg.degradation.patch or max(2, round(9 / 224 * min(height, width)))
+    count = (height // patch) * (width // patch)
+    steps = setup.cfg.degradation.steps or max(1, min(100, count))
+    if steps > count:
+        raise UserError(
+            f"degradation.steps={steps} is more than the {count} whole patches of {patch}×{patch} pixels in images "
+            f"of {height}×{width}: take fewer steps, or a smaller degradation.patch"
+        )
+    return patch, steps
+
+
+def degrade(setup: Setup, patterns: Mapping[str, Pattern], bar: Bar) -> dict[str, Tensor]:
+    """Degradation curves by method, (images, steps + 1).
+
+    Raises:
+        UserError: where none of the images can be read.
+    """
+    patch, steps = patch_and_steps(setup)
+    count = setup.cfg.degradation.images or len(setup.splits["validation"])
+    split = setup.splits["validation"].first(count)
+    height, width = setup.sample.shape[1:]
+    order = random_ranks(len(split), height // patch, width // patch, torch.Generator().manual_seed(setup.cfg.seed))
+    method = method_of(setup, patterns)
+    how = setup.cfg.degradation
+    stream = DegradationStream(
+        setup.model, {method.name: method}, patch, steps, order, how.order, how.replacement, how.value
+    )
+    protocol = {"patch": patch, "steps": steps, "order": how.order, "replacement": how.replacement, "value": how.value}
+    curves = _rows(setup, stream, split, "degrade", patterns, bar, 1 if method.many_passes else None, **protocol)
+    if not curves:
+        raise UserError(f"none of the first {len(split)} validation images can be read: mend the files")
+    return {curve_name(setup, name): curve for name, curve in curves.items()}
+
+
+def area_by_method(curves: Mapping[str, Tensor]) -> dict[str, float]:
+    """Area over the curve, averaged over images."""
+    return {name: float(area_over_curve(curve.double()).mean()) for name, curve in curves.items()}
+
+
+def area_intervals(setup: Setup, curves: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """95 % bootstrap intervals over images of the area over the curve; the same draws for every method."""
+    return {
+        name: list(mean_interval(area_over_curve(curve.double()), torch.Generator().manual_seed(setup.cfg.seed)))
+        for name, curve in curves.items()
+    }

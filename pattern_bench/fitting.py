@@ -1,0 +1,181 @@
+"""The stages that fit patterns: moments of the selected layers over a split, and what the estimator makes of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pattern_bench import ranks
+from pattern_bench.cache import key_of
+from pattern_bench.core.estimators import Pattern
+from pattern_bench.core.moments import Moments
+from pattern_bench.data.splits import Split
+from pattern_bench.errors import UserError
+from pattern_bench.passes import Met, met, stream_over
+from pattern_bench.preparation import Setup
+from pattern_bench.progress import Bar
+from pattern_bench.streams import MomentStream
+
+MOMENTS_VERSION = 2
+
+
+class SplitMoments(Mapping[str, Moments]):
+    """Moments of a split by layer, in the first process: read from the cache when they are asked for, one layer at a
+    time, since a Gram matrix can have gigabytes. Only what the cache did not take is in memory.
+
+    Args:
+        setup: see there.
+        pieces: of the split; by layer, each piece's moments, or the name of their entry in the cache.
+    """
+
+    def __init__(self, setup: Setup, pieces: list[dict[str, Moments | str]]) -> None:
+        self.setup, self._pieces = setup, pieces
+
+    def pieces(self, layer: str) -> list[Moments]:
+        """A layer's moments of each piece."""
+        return [self._moments(piece[layer]) for piece in self._pieces]
+
+    def _moments(self, kept: Moments | str) -> Moments:
+        if isinstance(kept, Moments):
+            return kept
+        entry = self.setup.cache.load("moments", kept)
+        if entry is None:
+            raise UserError(
+                f"cache.dir={self.setup.cfg.cache.dir} has lost moments that were just written: was it emptied? Run "
+                "again, or choose another cache.dir"
+            )
+        return Moments.from_tensors(entry[0])
+
+    def __getitem__(self, layer: str) -> Moments:
+        total = None
+        for piece in self._pieces:
+            more = self._moments(piece[layer])
+            total = more if total is None else total.add_(more)
+        if total is None:
+            raise KeyError(layer)
+        return total
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces[0] if self._pieces else ())
+
+    def __len__(self) -> int:
+        return len(self._pieces[0]) if self._pieces else 0
+
+
+def collect(setup: Setup, split: str, gram: bool, bar: Bar) -> tuple[SplitMoments, Met]:
+    """Moments of the selected layers over a split; only those that no earlier job left in the cache are computed.
+
+    Moments are kept of the whole split, or of its chunks where the bootstrap will draw them again.
+    """
+    whole = setup.splits[split]
+    chunks = setup.cfg.bootstrap.chunks
+    pieces = whole.chunks(chunks) if setup.cfg.bootstrap.resamples else [whole]
+    bar.start(0)
+    found, everything = [], Met(0, [])
+    for number, piece in enumerate(pieces):
+        moments, here = _collect_piece(setup, piece, gram, f"{split}-{number}", bar)
+        found.append(moments)
+        everything = everything + here
+    if everything.images < 2:
+        raise UserError(
+            f"only {everything.images} of the {len(whole)} images of the {split} split can be read: "
+            "mend the files, or ask for more images (data.limit, data.fit, data.probe, data.validation)"
+        )
+    return SplitMoments(setup, found), everything
+
+
+def _collect_piece(
+    setup: Setup, piece: Split, gram: bool, stage: str, bar: Bar
+) -> tuple[dict[str, Moments | str], Met]:
+    """In the first process, moments by layer or where they are in the cache; what all processes met."""
+    shared: dict[str, Any] = {"version": MOMENTS_VERSION, "model": setup.model_key, "images": piece.fingerprint}
+    if setup.cfg.moments.positions < 1:
+        shared |= {"positions": setup.cfg.moments.positions, "seed": setup.cfg.seed}
+    keys = {layer: key_of(**shared, layer=layer, gram=gram) for layer in setup.layers}
+    with setup.cache.lock("moments", key_of(**shared)) if ranks.first() else nullcontext():
+        missing, there = _missing(setup, keys)
+        if not missing:
+            bar.add_images(len(piece), len(piece), setup.source.batch_size)
+            return dict(keys), there
+        seeds = {layer: setup.seed(layer) for layer in missing}
+        stream = MomentStream(setup.model, missing, gram, setup.memory, setup.cfg.moments.positions, seeds)
+        partial = setup.partial(stage, **shared, layers=missing, gram=gram)
+        stream_over(setup, stream, piece, partial, bar)
+        here = met(piece, stream.seen)
+        metadata = {"images": str(here.images), "unreadable": json.dumps(here.unreadable)}
+        found: dict[str, Moments | str] = dict(keys)
+        for layer in missing:
+            # Added up, stored and released one by one: a layer's Gram matrix can have gigabytes.
+            moments = stream.watchers.pop(layer).moments()
+            for name, tensor in moments.tensors().items():
+                setattr(moments, name, ranks.total_in_first(tensor))
+            if ranks.first():
+                moments = moments.to("cpu")
+                kept = setup.cache.save("moments", keys[layer], moments.tensors(), {**metadata, "layer": layer})
+                if not kept:
+                    found[layer] = moments
+            del moments
+        ranks.wait()  # what is removed next is not needed any more
+        partial.remove()
+        return found, here
+
+
+def _missing(setup: Setup, keys: Mapping[str, str]) -> tuple[list[str], Met]:
+    """The layers whose moments are not in the cache, as the first process sees it; and what those there met."""
+    gone = torch.zeros(len(keys), dtype=torch.int64)
+    seen: dict[str, str] = {}
+    if ranks.first():
+        for number, key in enumerate(keys.values()):
+            entry = setup.cache.load("moments", key)
+            gone[number] = entry is None
+            seen = entry[1] if entry is not None else seen
+    missing = [layer for layer, is_gone in zip(keys, ranks.from_first(gone).tolist(), strict=True) if is_gone]
+    return missing, Met(int(seen.get("images", 0)), json.loads(seen.get("unreadable", "[]")))
+
+
+def fit_pattern(setup: Setup, layer: str, moments: Moments) -> Pattern:
+    """A layer's patterns, (N, D) float64."""
+    return setup.estimator.fit(setup.weight(layer), moments, torch.Generator().manual_seed(setup.seed(layer)))
+
+
+def fit_patterns(setup: Setup, moments: Mapping[str, Moments]) -> dict[str, Pattern]:
+    """Patterns of every selected layer, (N, D) float64, in every process."""
+    patterns = {}
+    for layer in moments:
+        weight = setup.weight(layer)
+        dead = torch.zeros(len(weight), dtype=torch.uint8)
+        parts = [weight.clone(), weight.clone(), dead]
+        if ranks.first():
+            fitted = fit_pattern(setup, layer, moments[layer])
+            parts = [fitted.positive, fitted.negative, fitted.dead.to(torch.uint8)]
+        positive, negative, dead = (ranks.from_first(part) for part in parts)
+        patterns[layer] = Pattern(positive, negative, dead.bool())
+    return patterns
+
+
+def in_weight_shape(setup: Setup, patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+    """The patterns as they are used and saved: shaped and typed as the weights."""
+    weights: dict[str, Any] = {layer: setup.model.get_submodule(layer).weight for layer in patterns}
+    return {layer: pattern.shaped_like(weights[layer]) for layer, pattern in patterns.items()}
+
+
+def signal_angles(setup: Setup, patterns: Mapping[str, Pattern]) -> dict[str, float] | None:
+    """Degrees between the known signal and the first layer's filter and pattern, where the data know their signal."""
+    truth, layer = setup.source.signal, setup.layers[0]
+    if truth is None or setup.weight(layer).shape[1] != len(truth):
+        return None
+
+    def degrees(direction: Tensor) -> float:
+        cosine = (direction @ truth).abs() / (direction.norm() * truth.norm())
+        return math.degrees(math.acos(min(1.0, float(cosine))))
+
+    angles = {"filter": degrees(setup.weight(layer)[0])}
+    if layer in patterns:
+        angles["pattern"] = degrees(patterns[layer].positive[0])
+    return angles

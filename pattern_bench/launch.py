@@ -1,0 +1,176 @@
+"""Starts the processes of a job, with PyTorch's own launcher, where nobody else did. Imports torch only for that.
+
+Lightning could start them itself, by running the command again; under Hydra that makes stray folders and, in a sweep,
+jobs that run twice. Here the job's function runs in every process, whoever started it: this module (one node),
+torchrun, or Slurm's srun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import logging.config
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from pattern_bench.errors import UserError
+
+Job = Callable[[DictConfig, Path], Any]
+SECONDS_TO_CLOSE = 5
+
+
+def number_from_outside() -> tuple[int, int] | None:
+    """This process's number and how many there are, where torchrun or srun started it among others; or None."""
+    for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if number in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+            size = int(os.environ.get(count, 1))
+            if size > 1:
+                return int(os.environ[number]), size
+    return None
+
+
+def processes_per_node(trainer: Mapping[str, Any]) -> int:
+    """How many processes the ``trainer`` settings ask for on one node.
+
+    Raises:
+        UserError: where they make no sense.
+    """
+    devices = trainer.get("devices", 1)
+    if isinstance(devices, list | ListConfig):
+        return len(devices)
+    if devices in ("auto", -1, "-1"):
+        if trainer.get("accelerator") == "cpu":
+            return 1
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
+        raise UserError(f"trainer.devices={devices} is not possible: give a number of processes of at least 1")
+    return devices
+
+
+def launch(job: Job, cfg: DictConfig, folder: Path, log_config: Any = None) -> None:
+    """Runs ``job(cfg, folder)`` in as many processes as ``cfg.trainer`` asks for.
+
+    Args:
+        job: a function at the top of its module.
+        cfg: composed configuration.
+        folder: the run's.
+        log_config: how processes that are started here log, as for :func:`logging.config.dictConfig`.
+
+    Raises:
+        UserError: the job's own, once, whichever process it came from.
+    """
+    here = processes_per_node(cfg.trainer)
+    nodes = cfg.trainer.get("num_nodes", 1)
+    wanted = here * nodes
+    outside = number_from_outside()
+    if outside is not None:
+        if wanted != outside[1]:
+            raise UserError(
+                f"trainer.devices={here} on trainer.num_nodes={nodes} makes {wanted} processes, but {outside[1]} were "
+                "started: give the numbers that torchrun or srun was given"
+            )
+        job(cfg, folder)
+    elif nodes > 1:
+        raise UserError(
+            f"trainer.num_nodes={nodes} needs processes on every node: start the command with torchrun or srun, as the "
+            "README shows"
+        )
+    elif here > 1:
+        _start(here, job, OmegaConf.to_container(cfg, resolve=True), folder, log_config)
+    else:
+        job(cfg, folder)
+
+
+def _start(count: int, job: Job, config: Any, folder: Path, log_config: Any) -> None:
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # What fails is reported below, in one message.
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    how = LaunchConfig(
+        1, 1, count, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
+        max_restarts=0, shutdown_timeout=SECONDS_TO_CLOSE,
+    )  # fmt: skip
+    try:
+        with _as_before(), _threads_for(count):
+            elastic_launch(how, _process)(job, config, str(folder), log_config)
+    except SignalException as stop:
+        if stop.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + stop.sigval) from None
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        # A text where a signal ended the process; else what ``record`` wrote.
+        found: Any = failure.message
+        told = found if isinstance(found, dict) else {"message": found}
+        if told["message"].startswith("UserError: "):
+            raise UserError(told["message"].removeprefix("UserError: ")) from None
+        trace = told.get("extraInfo", {}).get("py_callstack", told["message"])
+        raise RuntimeError(f"process {number} of {count} failed: {trace}") from None
+
+
+def _process(job: Job, config: Any, folder: str, log_config: Any) -> None:
+    """What a process that was started here does."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    # The parent alone answers to the user and to a cluster's scheduler. Where it dies, this process gets SIGINT.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for name in ("SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if os.environ["RANK"] != "0":
+        logging.disable(logging.CRITICAL)
+    elif log_config is not None:
+        logging.config.dictConfig(log_config)
+    record(_reporting(job))(OmegaConf.create(config), Path(folder))
+
+
+def _reporting(job: Job) -> Job:
+    def run(cfg: DictConfig, folder: Path) -> None:
+        try:
+            job(cfg, folder)
+        except OSError as error:
+            raise UserError(cannot_use(error)) from error
+
+    return run
+
+
+def cannot_use(error: OSError) -> str:
+    """A message for what the disk refused."""
+    where = f" {error.filename}" if error.filename else ""
+    return f"cannot use{where} ({error.strerror or error}): free space, or choose another hydra.run.dir"
+
+
+@contextlib.contextmanager
+def _as_before() -> Iterator[None]:
+    """Gives the signals that the launcher takes for itself back to who had them: a sweep goes on."""
+    taken = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    handlers = {number: signal.getsignal(number) for number in taken}
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # in a thread, where nothing was taken
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _threads_for(count: int) -> Iterator[None]:
+    """Divides the processor's cores among the processes, unless the user did."""
+    if "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // count))
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]

@@ -1,0 +1,82 @@
+"""A pass over a split: every process streams its share of the images, from where an interrupted run left off."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from pattern_bench import ranks
+from pattern_bench.data.splits import Batch, Split
+from pattern_bench.partial import Partial
+from pattern_bench.preparation import Setup
+from pattern_bench.progress import Bar
+from pattern_bench.streams import Seen, Stream
+
+
+@dataclass
+class Met:
+    """What all processes met: images used, and names of those left out."""
+
+    images: int
+    unreadable: list[str]
+
+    def __add__(self, other: Met) -> Met:
+        return Met(self.images + other.images, self.unreadable + other.unreadable)
+
+
+class _Keeping(pl.Callback):
+    """Keeps a stream's state after some of its batches."""
+
+    def __init__(self, stream: Stream, partial: Partial, images: int) -> None:
+        self.stream, self.partial, self.images = stream, partial, images
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        self.images += len(batch.positions) + len(batch.unreadable)
+        self.partial.save_now_and_then(self.stream.state, self.images)
+
+
+def stream_over(
+    setup: Setup, stream: Stream, split: Split, partial: Partial, bar: Bar, batch_size: int | None = None
+) -> None:
+    """Shows ``stream`` this process's share of a split.
+
+    What it is at now and then goes into ``partial``, and what is there already is not visited again.
+    """
+    positions = split.share(ranks.rank(), ranks.size())
+    done = 0
+    if (kept := partial.load()) is not None:
+        stream.kept, done = kept
+    loader = setup.loader(split, positions[done:], batch_size)
+    bar.add_images(len(positions), done, batch_size or setup.source.batch_size)
+    # Methods that explain need autograd.
+    trainer = setup.trainer(bar, _Keeping(stream, partial, done), inference_mode=False)
+    trainer.predict(stream, loader, return_predictions=False)
+    if not len(positions[done:]):
+        # Lightning passes over an empty loader without a word to the module.
+        stream.to(setup.device)
+        stream.on_predict_start()
+
+
+def met(split: Split, seen: Seen) -> Met:
+    """What the processes met together."""
+    left_out = torch.zeros(len(split), dtype=torch.int32)
+    left_out[seen.unreadable] = 1
+    names = [split.name(position) for position in ranks.total(left_out).nonzero().flatten().tolist()]
+    return Met(int(ranks.total(torch.tensor(seen.images))), names)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Changes when the tensors do."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

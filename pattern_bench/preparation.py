@@ -1,0 +1,290 @@
+"""What every stage of a job needs: data, splits and network, with every setting checked before long work starts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pattern_bench import ranks
+from pattern_bench.cache import Cache, key_of
+from pattern_bench.config import build
+from pattern_bench.core.canonical import canonical
+from pattern_bench.core.degradation import ORDERS, REPLACEMENTS
+from pattern_bench.core.estimators import Estimator
+from pattern_bench.core.network import layers_in_order, select_layers
+from pattern_bench.core.quality import CLOSED_FORM, CRITERIA
+from pattern_bench.data.source import Source
+from pattern_bench.data.splits import GlobalBatches, Split, Unreadable, joined, make_splits
+from pattern_bench.errors import UserError, did_you_mean
+from pattern_bench.models.source import ModelSource, Training, fingerprint
+from pattern_bench.partial import Partial
+from pattern_bench.progress import Bar, LightningBar
+from pattern_bench.streams import Learner
+from pattern_bench.trainer import make_trainer
+
+TRAINING_VERSION = 2
+
+
+@dataclass
+class Setup:
+    """Data, network and settings, checked."""
+
+    cfg: DictConfig
+    folder: Path
+    cache: Cache
+    source: Source
+    splits: dict[str, Split]
+    model_name: str
+    classifier: bool
+    model: nn.Module
+    model_key: str
+    all_layers: list[str]
+    layers: list[str]
+    estimator: Estimator
+    sample: Tensor
+    outputs: int
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {"model": self.model_name, "data": self.source.name}
+
+    @property
+    def device(self) -> torch.device:
+        return self.trainer().strategy.root_device
+
+    def trainer(self, bar: Bar | None = None, *callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
+        bars = [] if bar is None else [LightningBar(bar)]
+        return make_trainer(self.cfg.trainer, [*bars, *callbacks], **settings)
+
+    def loader(self, split: Split, positions: Iterable[int], batch_size: int | None = None) -> DataLoader:
+        return split.loader(positions, batch_size or self.source.batch_size, self.source.workers)
+
+    def partial(self, stage: str, **parts: Any) -> Partial:
+        """The unfinished state of a stage, which depends on ``parts``."""
+        return Partial(self.folder, stage, key_of(**parts), self.cfg.checkpoint.seconds)
+
+    def seed(self, layer: str) -> int:
+        """A seed of its own for what is drawn for a layer."""
+        digest = hashlib.sha256(f"{self.cfg.seed} {layer}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+    @property
+    def memory(self) -> int:
+        """Bytes that temporaries may take."""
+        return round(self.cfg.moments.memory_gib * 2**30)
+
+    def weight(self, layer: str) -> Tensor:
+        """(N, D), float64, on the CPU as the moments are."""
+        return self.model.get_submodule(layer).weight.flatten(1).double().cpu()  # type: ignore[operator]
+
+
+def prepare(cfg: DictConfig, folder: Path, bar: Bar, check: Callable[[Setup], None]) -> Setup:
+    """Data, splits and network, every setting checked; trains the network where it comes without weights.
+
+    ``check`` refuses, before that, what the stages to come cannot do; the setup's model is not trained then.
+    """
+    cache = Cache(cfg.cache.dir)
+    estimator: Estimator = build(cfg.estimator)
+    model_source: ModelSource = build(cfg.model)
+    source: Source = build(cfg.data)
+    source.cache = cache
+    _check_numbers(cfg)
+    splits = make_splits(source, cfg.seed)
+    _check_bootstrap(cfg, cache, splits)
+    transform = model_source.transform() or source.transform()
+    for split in splits.values():
+        split.transform = transform
+    if source.strict:
+        _read_all(splits, bar)
+    sample = _sample(splits["fit"])
+    pool = splits["fit"].pool
+
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    built = model_source.build(sample, pool.classes)
+    outputs = _outputs(built, sample, model_source.name, source.name)
+    network = canonical(built, sample[None])  # before any training, so that what is refused is refused at once
+    names = layers_in_order(network, sample[None])
+    if not names:
+        raise UserError(f"model={model_source.name} has no Conv or Linear layer to examine: choose another model")
+    _check_finite(network, cfg)
+    setup = Setup(
+        cfg, folder, cache, source, splits, model_source.name, model_source.classifier, network, "", names,
+        select_layers(names, layer_setting(cfg)), estimator, sample, outputs,
+    )  # fmt: skip
+    check(setup)
+    if model_source.training is not None:
+        if pool.labels is None:
+            raise UserError(
+                f"model={model_source.name} has no weights and data={source.name} no labels to train it on: "
+                "give model.weights=FILE, or images in one subfolder per class"
+            )
+        _train(setup, built, model_source.training, bar)
+        setup.model = canonical(built, sample[None])
+        _check_finite(setup.model, cfg)
+    setup.model_key = fingerprint(setup.model)
+    return setup
+
+
+def layer_setting(cfg: DictConfig) -> str | list[str]:
+    """``cfg.layer`` as plain data."""
+    return [str(name) for name in cfg.layer] if isinstance(cfg.layer, ListConfig) else str(cfg.layer)
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    smallest = {
+        "explanation.images": 1, "degradation.images": 1, "degradation.patch": 1, "degradation.steps": 1,
+        "data.batch_size": 1, "data.workers": 0, "data.limit": 1, "seed": 0, "probe.steps": 1, "probe.patience": 1,
+        "bootstrap.resamples": 0, "bootstrap.chunks": 2,
+    }  # fmt: skip
+    for setting, least in smallest.items():
+        value = OmegaConf.select(cfg, setting)
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise UserError(f"{setting}={value} is not possible: give a whole number of at least {least}")
+    if cfg.criterion not in CRITERIA:
+        raise UserError(f"criterion={cfg.criterion} is unknown: {did_you_mean(str(cfg.criterion), CRITERIA)}")
+    seconds = cfg.checkpoint.seconds
+    if isinstance(seconds, bool) or not isinstance(seconds, float | int) or not 0 <= seconds < math.inf:
+        raise UserError(f"checkpoint.seconds={seconds} is not possible: give a number, 0 for after every batch")
+    for setting in (
+        "probe.regularisation", "probe.learning_rate", "moments.memory_gib", "moments.positions", "data.fit",
+        "data.probe", "data.validation",
+    ):  # fmt: skip
+        value = OmegaConf.select(cfg, setting, default=1.0)
+        if not (isinstance(value, float | int) and 0 < value < math.inf):
+            raise UserError(f"{setting}={value} is not possible: give a positive number")
+    if cfg.moments.positions > 1:
+        raise UserError(f"moments.positions={cfg.moments.positions} is no share: give up to 1.0, which is exact")
+    for setting, choices in (("order", ORDERS), ("replacement", REPLACEMENTS)):
+        value = str(cfg.degradation[setting])
+        if value not in choices:
+            raise UserError(f"degradation.{setting}={value} is unknown: choose from {', '.join(choices)}")
+    if isinstance(cfg.degradation.value, bool) or not isinstance(cfg.degradation.value, float | int):
+        raise UserError(f"degradation.value={cfg.degradation.value} is no number: give one, such as 0.0")
+    if cfg.criterion not in CLOSED_FORM and cfg.probe.name != "sgd":
+        raise UserError(
+            f"criterion={cfg.criterion} has no closed form, since every neuron has samples of its own: give "
+            f"probe=sgd, or a criterion of {', '.join(CLOSED_FORM)}"
+        )
+    if cfg.bootstrap.resamples == 1:
+        raise UserError("bootstrap.resamples=1 has no spread: give 0 for no bootstrap, or at least 2")
+    if cfg.bootstrap.resamples and cfg.probe.name == "sgd":
+        raise UserError(
+            "bootstrap.resamples needs the closed form, which the moments of chunks are enough for: give "
+            "probe=closed_form or probe=both, or bootstrap.resamples=0"
+        )
+
+
+def _check_finite(model: nn.Module, cfg: DictConfig) -> None:
+    """
+    Raises:
+        UserError: naming the first layer whose weights are not numbers.
+    """
+    for name, tensor in model.state_dict().items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            layer, _, part = name.rpartition(".")
+            raise UserError(
+                f"model.weights={cfg.model.get('weights')}: layer {layer} has NaN or Inf in {bad} of "
+                f"{tensor.numel()} values of its {part}: give other weights, or train with a smaller learning rate"
+            )
+
+
+def _check_bootstrap(cfg: DictConfig, cache: Cache, splits: Mapping[str, Split]) -> None:
+    if not cfg.bootstrap.resamples:
+        return
+    fewest = min(len(split) for split in splits.values())
+    if cfg.bootstrap.chunks > fewest:
+        raise UserError(
+            f"bootstrap.chunks={cfg.bootstrap.chunks} is more than the {fewest} images of the smallest split: give "
+            "fewer chunks, or more images"
+        )
+    if not cache.writable:
+        raise UserError(
+            f"bootstrap.resamples keeps the moments of chunks in cache.dir={cfg.cache.dir}, which cannot be written: "
+            "choose another cache.dir"
+        )
+
+
+def _read_all(splits: Mapping[str, Split], bar: Bar) -> None:
+    bar.start(sum(len(split) for split in splits.values()), "reading every image (data.strict)")
+    for split in splits.values():
+        for position in range(len(split)):
+            split[position]
+            bar.advance()
+
+
+def _sample(split: Split) -> Tensor:
+    """The first image that can be read."""
+    item: Any = None
+    for position in range(len(split)):
+        item = split[position]
+        if not isinstance(item, Unreadable):
+            return item[0]
+    raise UserError(f"none of the {len(split)} images of the fit split can be read ({item.name}: {item.reason})")
+
+
+def _outputs(model: nn.Module, sample: Tensor, name: str, data: str) -> int:
+    """How many outputs the model has for the data's images."""
+    try:
+        with torch.no_grad():
+            output = model.eval()(sample[None])
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"model={name} cannot take data={data}, whose images have shape {tuple(sample.shape)} "
+            f"({str(error).splitlines()[0]}): choose a model and data that fit"
+        ) from error
+    if not isinstance(output, Tensor):
+        raise UserError(f"model={name} returns a {type(output).__name__}: it must return one tensor of outputs")
+    return output.shape[1]
+
+
+def _train(setup: Setup, model: nn.Module, training: Training, bar: Bar) -> None:
+    """Gives ``model`` trained weights, from the cache where an earlier job left them. The first process trains, so that
+    they are the same however many there are."""
+    if ranks.first():
+        _train_here(setup, model, training, bar)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(ranks.from_first(tensor))
+
+
+def _train_here(setup: Setup, model: nn.Module, training: Training, bar: Bar) -> None:
+    images = joined(setup.splits["fit"], setup.splits["probe"])
+    # The initial weights stand for the architecture and the seed.
+    key = key_of(
+        version=TRAINING_VERSION, images=images.fingerprint, initial=fingerprint(model), training=vars(training)
+    )
+    with setup.cache.lock("models", key):
+        entry = setup.cache.load("models", key)
+        if entry is not None:
+            model.load_state_dict(entry[0])
+            return
+        batches = GlobalBatches(len(images), training.batch_size, setup.cfg.seed)
+        steps = training.epochs * len(batches)
+        bar.start(steps, "training")
+        learner = Learner(model, training, setup.source.regression, steps, setup.cfg.seed)
+        device = setup.device
+        every_epoch, last = checkpoint(setup.folder, f"training-{key}")
+        alone = {"devices": 1, "num_nodes": 1, "strategy": SingleDeviceStrategy(device)}
+        trainer = setup.trainer(bar, every_epoch, max_epochs=training.epochs, **alone)
+        trainer.fit(learner, images.shuffled(batches, setup.source.workers), ckpt_path=last, weights_only=True)
+        setup.cache.save("models", key, model.state_dict(), setup.names)
+
+
+def checkpoint(folder: Path, name: str) -> tuple[ModelCheckpoint, Path | None]:
+    """Keeps Lightning's state after every epoch; and the file with it, where an earlier run left one."""
+    file = folder / "partial" / f"{name}.ckpt"
+    keep = ModelCheckpoint(file.parent, name, save_on_train_epoch_end=True, enable_version_counter=False)
+    return keep, file if file.is_file() else None

@@ -1,0 +1,80 @@
+"""Lightning's ``Trainer`` from the ``trainer`` settings, and the group of processes that it belongs to."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import DDPStrategy
+
+from pattern_bench.errors import UserError
+from pattern_bench.launch import number_from_outside
+
+LONGEST_WAIT = timedelta(days=7)
+"""For the first process, which alone trains models and solves for ρ. One that died is noticed by the launcher."""
+
+
+def make_trainer(settings: DictConfig, callbacks: list[pl.Callback], **more: Any) -> pl.Trainer:
+    """
+    Raises:
+        UserError: where the settings are not possible on this machine.
+    """
+    given: Mapping[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
+    own: dict[str, Any] = {"plugins": [_environment()]}
+    if number_from_outside() is not None:
+        own["strategy"] = DDPStrategy(timeout=LONGEST_WAIT)
+    try:
+        return pl.Trainer(
+            **{**given, **own, **more},
+            callbacks=callbacks,
+            logger=False,
+            use_distributed_sampler=False,
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        asked = " ".join(f"trainer.{name}={value}" for name, value in given.items())
+        raise UserError(
+            f"{asked} is not possible here ({str(error).splitlines()[0]}): choose another trainer"
+        ) from error
+
+
+def _environment() -> Any:
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if number_from_outside() is not None:
+        # Whoever started the job starts it again.
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()
+
+
+@contextmanager
+def joined(settings: DictConfig) -> Iterator[None]:
+    """Within, the processes of the job, where it has several, can reach each other."""
+    _quiet_lightning()
+    if number_from_outside() is None:
+        yield
+        return
+    make_trainer(settings, []).strategy.setup_environment()
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _quiet_lightning() -> None:
+    """The stages say what happens; Lightning's hints about hardware, workers and sizes do not help here."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*predict_dataloader.*")
