@@ -34,7 +34,8 @@ def start(job: Job, cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     launch(job, cfg, folder, OmegaConf.to_container(hydra_config.job_logging, resolve=True))
-    if number_from_outside() is None or number_from_outside()[0] == 0:
+    outside = number_from_outside()
+    if outside is None or outside[0] == 0:
         print(f"results: {folder}")
 
 

@@ -63,7 +63,7 @@ def closed_form(
     test: Mapping[str, Moments],
     bar: Bar,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    """rho of every neuron, and the regularisation that each layer needed; in the first process, as it has the moments."""
+    """rho of every neuron, and the regularisation that each layer needed; in the first process, where moments are."""
     tables, regularisation = [], {}
     if not ranks.first():
         return pd.DataFrame(columns=list(RHO_COLUMNS)), {}
@@ -141,7 +141,7 @@ def descent(
 def _calibrate(setup: Setup, readers: Mapping[str, Reader]) -> None:
     """Shows the readers one batch, the same in every process."""
     split = setup.splits["probe"]
-    loader = setup.loader(split, split.share())
+    loader = setup.loader(split, split.share(len(split)))
     first = next((batch.images for batch in loader if batch.images is not None), None)
     if first is None:
         raise UserError(f"none of the {len(split)} images of the probe split can be read: mend the files")

@@ -50,12 +50,13 @@ def stream_over(
 
     What it is at now and then goes into ``partial``, and what is there already is not visited again.
     """
-    positions = split.share(ranks.rank(), ranks.size())
+    batch_size = batch_size or setup.source.batch_size
+    positions = split.share(batch_size, ranks.rank(), ranks.size())
     done = 0
     if (kept := partial.load()) is not None:
         stream.kept, done = kept
     loader = setup.loader(split, positions[done:], batch_size)
-    bar.add_images(len(positions), done, batch_size or setup.source.batch_size)
+    bar.add_images(len(positions), done, batch_size)
     # Methods that explain need autograd.
     trainer = setup.trainer(bar, _Keeping(stream, partial, done), inference_mode=False)
     trainer.predict(stream, loader, return_predictions=False)

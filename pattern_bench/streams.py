@@ -57,10 +57,9 @@ class Stream(pl.LightningModule):
     from there. A batch that the device's memory is too small for is visited in halves, and so are those after it.
     """
 
-    allow_zero_length_dataloader_with_multiple_devices = True  # a process may have no image left
-
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # a process may have no image left
         self.model = model
         self.seen = Seen()
         self.kept: Mapping[str, Tensor] | None = None

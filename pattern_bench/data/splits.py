@@ -76,11 +76,17 @@ class Split(Dataset):
         """The images at these positions."""
         return self.collate([self[position] for position in positions])
 
-    def share(self, rank: int = 0, size: int = 1) -> Tensor:
-        """The positions that one of ``size`` processes visits: every position is one process's, and only one's."""
+    def share(self, batch_size: int, rank: int = 0, size: int = 1) -> Tensor:
+        """The positions that one of ``size`` processes visits: every position is one process's, and only one's.
+
+        Each takes some of the very batches that one process alone would take. What is computed of a batch in single
+        precision is then the same to the bit, and only the order differs in which batches are added up in double.
+        """
         # Sums do not ask for an order, so images that are read best one after the other are.
         order = self.indices.argsort() if self.pool.sequential else torch.arange(len(self))
-        return order.tensor_split(size)[rank]
+        batches = -(-len(order) // batch_size)
+        start, end = (-(-number * batches // size) * batch_size for number in (rank, rank + 1))
+        return order[start:end]
 
     def loader(self, positions: Iterable[int], batch_size: int, workers: int) -> DataLoader:
         """Batches of the images at these positions, in their order."""
