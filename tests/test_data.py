@@ -100,31 +100,6 @@ def test_the_toy_data_know_their_signal(configure):
     torch.testing.assert_close((direction @ expected).abs(), torch.ones(len(y)), atol=1e-5, rtol=0)
 
 
-def test_cifar10_through_torchvision(configure, tmp_path):
-    """A tiny archive in torchvision's own layout, its checks of the download's hashes aside."""
-    import pickle
-
-    import numpy as np
-    from torchvision import datasets
-
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    draw = np.random.default_rng(0)
-    names = [name for name, _ in datasets.CIFAR10.train_list + datasets.CIFAR10.test_list]
-    for name in names:
-        content = {"data": draw.integers(0, 255, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 9]}
-        (folder / name).write_bytes(pickle.dumps(content))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
-        patch.setattr(datasets.cifar, "check_integrity", lambda *_: True)
-        parts = splits(configure, "data=cifar10", f"data.root={tmp_path}")
-    assert [len(part) for part in parts.values()] == [10, 10, 4]
-    assert parts["fit"].pool.image(0).size == (32, 32)
-    with pytest.raises(UserError, match=r"data.root=.* has no CIFAR-10"):
-        splits(configure, "data=cifar10", f"data.root={tmp_path}/no")
-
-
 def test_imagenet_through_torchvision(configure, photographs, tmp_path):
     for part in ("train", "val"):
         for i, wnid in enumerate(("n01440764", "n01443537")):

@@ -1,4 +1,4 @@
-"""CIFAR-10 and ImageNet through torchvision's data sets."""
+"""ImageNet through torchvision's data set."""
 
 from __future__ import annotations
 
@@ -28,35 +28,6 @@ class VisionPool(Pool):
 
     def image(self, index: int) -> Image.Image:
         return self.dataset[index][0].convert("RGB")
-
-
-class Cifar10(Source):
-    """CIFAR-10: 50,000 training and 10,000 validation images of 32×32 pixels.
-
-    Args:
-        root: where torchvision keeps, or with ``download`` puts, ``cifar-10-batches-py``.
-        download: fetch the images when they are missing.
-    """
-
-    def __init__(self, *, root: str, download: bool, **common: Any) -> None:
-        super().__init__(**common)
-        self.root, self.download = root, download
-
-    def pools(self) -> tuple[Pool, Pool | None]:
-        try:
-            train, test = (
-                datasets.CIFAR10(Path(self.root).expanduser(), train=part, download=self.download)
-                for part in (True, False)
-            )
-        except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"data.root={self.root} has no CIFAR-10 ({_first_line(error)}): "
-                "give the folder that holds cifar-10-batches-py, or set data.download=true where there is a network"
-            ) from error
-        return VisionPool(train), VisionPool(test)
-
-    def transform(self) -> Callable[[Any], Tensor]:
-        return photograph_transform(32)
 
 
 class ImageNet(Source):
