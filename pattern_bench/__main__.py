@@ -89,8 +89,9 @@ def command_line(command: Callable[[], None]) -> None:
         sys.argv[1:] = arguments(sys.argv[1:])
         command()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        # Hydra keeps what was wrong in the cause of some of its errors.
-        messages = [str(e).strip() for e in (error, error.__cause__) if e is not None and str(e).strip()]
+        # Hydra keeps what was wrong in the cause of some of its errors; ours say it themselves.
+        causes = (error,) if isinstance(error, UserError) else (error, error.__cause__)
+        messages = [str(e).strip() for e in causes if e is not None and str(e).strip()]
         sys.exit("error: " + "\n".join(dict.fromkeys(messages)))
     except OSError as error:
         sys.exit(f"error: {cannot_use(error)}")

@@ -125,7 +125,7 @@ def descent(
     patience = EarlyStopping("loss", patience=cfg.patience, min_delta=1e-5, check_on_train_epoch_end=True)
     # Last, so that it holds what the others have come to.
     every_round, last = checkpoint(setup.folder, f"readers-{partial.key}")
-    trainer = setup.trainer(fit_bar, best, patience, every_round, max_steps=cfg.steps, max_epochs=-1)
+    trainer = setup.trainer(fit_bar, best, patience, every_round, max_epochs=-1)
     trainer.fit(module, split.shuffled(batches, setup.source.workers), ckpt_path=last, weights_only=True)
     state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
     state = {name: tensor for name, tensor in state.items() if name.startswith("readers.")}

@@ -62,7 +62,6 @@ def measure_accuracy(setup: Setup, bar: Bar) -> dict[str, Any]:
     partial = setup.partial("accuracy", model=setup.model_key, images=split.fingerprint)
     stream_over(setup, stream, split, partial, bar)
     images = met(split, stream.seen).images
-    partial.remove()
     top1, top5 = ranks.total(stream.right).tolist()
     return {"top1": top1 / max(1, images), "top5": top5 / max(1, images), "images": images}
 
@@ -181,10 +180,7 @@ def _rows(
     )  # fmt: skip
     bar.start(0)
     stream_over(setup, stream, split, partial, bar, batch_size)
-    rows = _joined_rows(stream)
-    ranks.wait()
-    partial.remove()
-    return rows
+    return _joined_rows(stream)
 
 
 def _joined_rows(stream: RowStream) -> dict[str, Tensor]:
@@ -236,7 +232,7 @@ def degrade(setup: Setup, patterns: Mapping[str, Pattern], bar: Bar) -> dict[str
     curves = _rows(setup, stream, split, "degrade", patterns, bar, 1 if method.many_passes else None, **protocol)
     if not curves:
         raise UserError(f"none of the first {len(split)} validation images can be read: mend the files")
-    return {curve_name(setup, name): curve for name, curve in curves.items()}
+    return {curve_name(setup, name): curves[name] for name in ("random_order", method.name)}
 
 
 def area_by_method(curves: Mapping[str, Tensor]) -> dict[str, float]:

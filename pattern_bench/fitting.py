@@ -106,7 +106,7 @@ def _collect_piece(
         seeds = {layer: setup.seed(layer) for layer in missing}
         stream = MomentStream(setup.model, missing, gram, setup.memory, setup.cfg.moments.positions, seeds)
         partial = setup.partial(stage, **shared, layers=missing, gram=gram)
-        stream_over(setup, stream, piece, partial, bar)
+        stream_over(setup, stream, piece, partial, bar, keep=not setup.cache.writable)
         here = met(piece, stream.seen)
         metadata = {"images": str(here.images), "unreadable": json.dumps(here.unreadable)}
         found: dict[str, Moments | str] = dict(keys)
@@ -122,7 +122,8 @@ def _collect_piece(
                     found[layer] = moments
             del moments
         ranks.wait()  # what is removed next is not needed any more
-        partial.remove()
+        if setup.cache.writable:
+            partial.remove()
         return found, here
 
 

@@ -44,11 +44,18 @@ class _Keeping(pl.Callback):
 
 
 def stream_over(
-    setup: Setup, stream: Stream, split: Split, partial: Partial, bar: Bar, batch_size: int | None = None
+    setup: Setup,
+    stream: Stream,
+    split: Split,
+    partial: Partial,
+    bar: Bar,
+    batch_size: int | None = None,
+    keep: bool = True,
 ) -> None:
     """Shows ``stream`` this process's share of a split.
 
-    What it is at now and then goes into ``partial``, and what is there already is not visited again.
+    What it is at now and then goes into ``partial``, and what is there already is not visited again. At the end it goes
+    there to ``keep``, for a run that is interrupted in a later stage, unless it has another place.
     """
     batch_size = batch_size or setup.source.batch_size
     positions = split.share(batch_size, ranks.rank(), ranks.size())
@@ -64,6 +71,8 @@ def stream_over(
         # Lightning passes over an empty loader without a word to the module.
         stream.to(setup.device)
         stream.on_predict_start()
+    elif keep:
+        partial.save(stream.state(), len(positions))
 
 
 def met(split: Split, seen: Seen) -> Met:

@@ -232,7 +232,9 @@ def _sample(split: Split) -> Tensor:
         item = split[position]
         if not isinstance(item, Unreadable):
             return item[0]
-    raise UserError(f"none of the {len(split)} images of the fit split can be read ({item.name}: {item.reason})")
+    raise UserError(
+        f"none of the {len(split)} images of the fit split can be read ({split.name(item.position)}: {item.reason})"
+    )
 
 
 def _outputs(model: nn.Module, sample: Tensor, name: str, data: str) -> int:

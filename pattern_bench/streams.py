@@ -256,6 +256,15 @@ class ReaderDescent(pl.LightningModule):
         # Without the weight, the images of a last, smaller batch would count for more than the others.
         return losses.sum() * (self.trainer.world_size * count / self.batch_size)
 
+    # Lightning's own max_steps repeats a batch when training is taken up again.
+    def on_train_start(self) -> None:
+        stopped = any(callback.wait_count >= callback.patience for callback in self.trainer.early_stopping_callbacks)
+        self.trainer.should_stop = stopped or self.trainer.global_step >= self.steps
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.global_step >= self.steps:
+            self.trainer.should_stop = True
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["seen"] = self.seen.tensors()
 

@@ -416,11 +416,11 @@ def mixed(tmp_path):
     (tmp_path / "vanishes.jpg").write_bytes(FILES["jpeg"])
     pool = Files(tmp_path)
     (tmp_path / "vanishes.jpg").unlink()
-    return Split(pool, list(range(9)), regression=False, strict=False, transform=photograph_transform(24))
+    return Split(pool, torch.arange(9), regression=False, strict=False, transform=photograph_transform(24))
 
 
 def test_truncated_empty_and_vanished_images_are_left_out_and_named(mixed):
-    reasons = {item.name: item.reason for item in mixed if isinstance(item, Unreadable)}
+    reasons = {mixed.name(item.position): item.reason for item in mixed if isinstance(item, Unreadable)}
     assert sorted(reasons) == ["empty.png", "truncated.jpg", "vanishes.jpg"]
     assert reasons["empty.png"] == "empty file"
     assert "truncated" in reasons["truncated.jpg"].lower()
@@ -429,9 +429,9 @@ def test_truncated_empty_and_vanished_images_are_left_out_and_named(mixed):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_hold_the_readable_images_and_the_names_of_the_others(mixed, workers):
-    batches = list(mixed.loader(batch_size=4, workers=workers))
+    batches = list(mixed.loader(range(9), batch_size=4, workers=workers))
     names = [mixed.pool.ids[position] for batch in batches for position in batch.positions]
-    assert sorted(name for batch in batches for name in batch.unreadable) == [
+    assert sorted(mixed.name(position) for batch in batches for position in batch.unreadable) == [
         "empty.png",
         "truncated.jpg",
         "vanishes.jpg",
@@ -444,4 +444,4 @@ def test_batches_hold_the_readable_images_and_the_names_of_the_others(mixed, wor
 def test_strict_stops_at_the_first_with_its_name_and_the_reason(mixed):
     mixed.strict = True
     with pytest.raises(UserError, match=r"data.strict=true, and empty.png cannot be read \(empty file\)"):
-        list(mixed.loader(batch_size=4, workers=0))
+        list(mixed.loader(range(9), batch_size=4, workers=0))

@@ -141,7 +141,7 @@ def test_mistakes_are_found_before_long_work(draw, monkeypatch, overrides, messa
     def collect(*_):
         raise AssertionError("moments were collected")
 
-    monkeypatch.setattr("pattern_bench.stages.collect", collect)
+    monkeypatch.setattr("pattern_bench.fitting.collect", collect)
     with pytest.raises(UserError, match=message):
         draw(*overrides)
 

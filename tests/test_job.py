@@ -113,7 +113,7 @@ def test_another_estimator_reuses_the_moments(run_job, monkeypatch):
     def compute(*_):
         raise AssertionError("computed moments that were in the cache")
 
-    monkeypatch.setattr("pattern_bench.stages.MomentStream", compute)
+    monkeypatch.setattr("pattern_bench.fitting.MomentStream", compute)
     run_job(*SMALL, "estimator=w", "seed=4", "layer=features.*")
     with pytest.raises(AssertionError, match="computed moments"):
         run_job(*SMALL, "estimator=w", "seed=4", "data.limit=299")

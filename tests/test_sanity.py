@@ -243,7 +243,7 @@ def test_patterns_are_refitted_or_kept(check):
     ],
 )
 def test_mistakes_are_found_before_long_work(check, monkeypatch, overrides, message):
-    monkeypatch.setattr("pattern_bench.stages.collect", partial(pytest.fail, "moments were collected"))
+    monkeypatch.setattr("pattern_bench.fitting.collect", partial(pytest.fail, "moments were collected"))
     with pytest.raises(UserError, match=message):
         check(*overrides)
 
