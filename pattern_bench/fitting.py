@@ -137,7 +137,10 @@ def _missing(setup: Setup, keys: Mapping[str, str]) -> tuple[list[str], Met]:
             gone[number] = entry is None
             seen = entry[1] if entry is not None else seen
     missing = [layer for layer, is_gone in zip(keys, ranks.from_first(gone).tolist(), strict=True) if is_gone]
-    return missing, Met(int(seen.get("images", 0)), json.loads(seen.get("unreadable", "[]")))
+    if missing:
+        return missing, Met(0, [])
+    seen = json.loads(ranks.text_from_any(json.dumps(seen) if seen else ""))
+    return missing, Met(int(seen["images"]), json.loads(seen["unreadable"]))
 
 
 def fit_pattern(setup: Setup, layer: str, moments: Moments) -> Pattern:

@@ -12,6 +12,7 @@ import logging
 import logging.config
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,11 @@ def _reporting(job: Job) -> Job:
             job(cfg, folder)
         except OSError as error:
             raise UserError(cannot_use(error)) from error
+        except RuntimeError as error:
+            if "gloo" in str(error) or "NCCL" in str(error):
+                # Another process is gone, and what became of it is what the user needs to know.
+                time.sleep(SECONDS_TO_CLOSE)
+            raise
 
     return run
 

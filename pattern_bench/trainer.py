@@ -15,6 +15,7 @@ from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from pattern_bench.errors import UserError
 from pattern_bench.launch import number_from_outside
@@ -42,7 +43,7 @@ def make_trainer(settings: DictConfig, callbacks: list[pl.Callback], **more: Any
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
         asked = " ".join(f"trainer.{name}={value}" for name, value in given.items())
         raise UserError(
             f"{asked} is not possible here ({str(error).splitlines()[0]}): choose another trainer"
@@ -62,14 +63,14 @@ def _environment() -> Any:
 def joined(settings: DictConfig) -> Iterator[None]:
     """Within, the processes of the job, where it has several, can reach each other."""
     _quiet_lightning()
+    trainer = make_trainer(settings, [])
     if number_from_outside() is None:
         yield
         return
-    make_trainer(settings, []).strategy.setup_environment()
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
+    trainer.strategy.setup_environment()
+    yield
+    # Not after an error: the others would be waited for.
+    torch.distributed.destroy_process_group()
 
 
 def _quiet_lightning() -> None:

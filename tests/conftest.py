@@ -57,7 +57,10 @@ def command(cache_dir, tmp_path):
     """Runs ``python -m MODULE ARGUMENTS`` as a user does, in an empty folder."""
 
     def start(*arguments, module="pattern_bench", cwd=tmp_path):
-        environment = {**os.environ, "PATTERN_BENCH_CACHE": str(cache_dir), "WANDB_MODE": "offline"}
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {
+            **os.environ, "PATTERN_BENCH_CACHE": str(cache_dir), "WANDB_MODE": "offline", "PYTHONPATH": path,
+        }  # fmt: skip
         return subprocess.run(
             [sys.executable, "-m", module, *map(str, arguments)],
             cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,

@@ -1,8 +1,13 @@
-"""A network as a user might write it, for test_job."""
+"""Networks as a user might write them."""
+
+import time
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from pattern_bench import ranks
+from pattern_bench.errors import UserError
 
 
 class Residual(nn.Module):
@@ -19,3 +24,16 @@ class Residual(nn.Module):
         x = F.relu(self.norm(self.first(x)))
         x = F.relu(x + self.third(F.relu(self.second(x))))
         return self.head(x.mean((2, 3)))
+
+
+class Faulty(Residual):
+    """Cannot be made in one of a job's processes."""
+
+    def __init__(self, fails_in=-1, how="user"):
+        super().__init__()
+        if ranks.rank() == fails_in:
+            if how == "user":
+                raise UserError("arguments.fails_in is this very process: give another")
+            raise ZeroDivisionError("a bug in one process")
+        if how == "waits":
+            time.sleep(600)
