@@ -124,6 +124,12 @@ def test_within_the_packages_only_the_classes_that_runs_are_made_of_are_built(co
         build(cfg.model)
 
 
+def test_a_network_that_a_module_has_imported_from_elsewhere_is_not_its_own(configure, monkeypatch):
+    monkeypatch.setattr("pattern_bench.streams.Residual", Residual, raising=False)
+    with pytest.raises(UserError, match=r"^model._target_=pattern_bench.streams.Residual is no .*define"):
+        build(configure("model._target_=pattern_bench.streams.Residual").model)
+
+
 def test_targets_below_others_are_built_and_given_to_them(configure):
     cfg = configure(
         "model=imported", "model.path=torch.nn.Sequential",
