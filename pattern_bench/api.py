@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from pattern_bench.core.moments import MEMORY, Moments
 from pattern_bench.core.network import collecting, layers_in_order, select_layers
 from pattern_bench.core.quality import CLOSED_FORM, Probe, Target, rho
 from pattern_bench.errors import UserError, did_you_mean
-from pattern_bench.files import read_tensors, write_tensors
+from pattern_bench.files import Damaged, read_tensors, write_tensors
 from pattern_bench.methods import patterns as pattern_methods
 from pattern_bench.methods.base import Method
 
@@ -172,21 +171,23 @@ def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
     """Patterns from a file of :meth:`Patterns.save`, or a run's ``patterns.safetensors``.
 
     Raises:
-        UserError: where the file cannot be read, or was not fitted on this network: naming the first layer that the
-            network lacks, or that has another shape or other weights.
+        UserError: where the file cannot be read, was damaged since it was written, or was not fitted on this network:
+            naming the first layer that the network lacks, or that has another shape or other weights.
     """
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"file={file} is not a file: give one that patterns were saved to")
     try:
-        tensors, metadata = read_tensors(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"file={file} cannot be read as safetensors ({error}): save the patterns again") from error
+        tensors, metadata = read_tensors(path, unsigned=True)
+    except (Damaged, OSError) as error:
+        raise UserError(
+            f"file={file} is damaged or cannot be read as safetensors ({error}): save the patterns again"
+        ) from error
     modules = dict(model.named_modules())
     found: dict[str, Pattern] = {}
     for name in dict.fromkeys(key.rpartition("/")[0] for key in tensors):
-        parts = [tensors.get(f"{name}/{part}") for part in ("positive", "negative", "dead")]
-        if any(part is None for part in parts):
+        positive, negative, dead = (tensors.get(f"{name}/{part}") for part in ("positive", "negative", "dead"))
+        if positive is None or negative is None or dead is None:
             raise UserError(f"file={file} holds no whole pattern of layer {name}: save the patterns again")
         weight = getattr(modules.get(name), "weight", None)
         if not isinstance(weight, Tensor):
@@ -194,11 +195,19 @@ def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
                 f"file={file} has patterns of layer {name}, which {type(model).__name__} lacks: "
                 f"{did_you_mean(name, [n for n, m in modules.items() if hasattr(m, 'weight')])}"
             )
-        shape = tuple(parts[0].shape)  # type: ignore[union-attr]
-        if shape != tuple(weight.shape):
+        for part in (positive, negative):
+            if part.shape != weight.shape:
+                raise UserError(
+                    f"file={file}: the pattern of layer {name} has shape {tuple(part.shape)} and its weight "
+                    f"{tuple(weight.shape)}: give the network that the patterns were fitted on"
+                )
+            if part.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                raise UserError(f"file={file}: the pattern of layer {name} is {part.dtype}: save the patterns again")
+            if not part.isfinite().all():
+                raise UserError(f"file={file}: the pattern of layer {name} is not finite: save the patterns again")
+        if dead.dtype != torch.bool or dead.shape != weight.shape[:1]:
             raise UserError(
-                f"file={file}: the pattern of layer {name} has shape {shape} and its weight {tuple(weight.shape)}: "
-                "give the network that the patterns were fitted on"
+                f"file={file} does not tell which neurons of layer {name} are dead: save the patterns again"
             )
         mark = metadata.get(f"weight/{name}")
         if mark is not None and mark != _mark(modules[name]):
@@ -206,7 +215,7 @@ def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
                 f"file={file}: layer {name} has other weights than when its patterns were fitted: load the weights "
                 "of then, or fit the patterns again"
             )
-        found[name] = Pattern(*(part.to(weight.device) for part in parts))  # type: ignore[union-attr]
+        found[name] = Pattern(*(part.to(weight.device) for part in (positive, negative, dead)))
     if not found:
         raise UserError(f"file={file} holds no patterns: S_x, for one, has none")
     marks = {key.removeprefix("weight/"): mark for key, mark in metadata.items() if key.startswith("weight/")}

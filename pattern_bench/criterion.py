@@ -18,8 +18,9 @@ from pattern_bench.core.quality import Probe, Target, rho
 from pattern_bench.core.reading import Reader
 from pattern_bench.data.splits import GlobalBatches
 from pattern_bench.errors import UserError
+from pattern_bench.files import checksum
 from pattern_bench.fitting import SplitMoments, fit_pattern
-from pattern_bench.passes import Met, digest_of, met, stream_over
+from pattern_bench.passes import Met, met, stream_over
 from pattern_bench.preparation import Setup, checkpoint
 from pattern_bench.progress import Bar
 from pattern_bench.results import BOOTSTRAP_COLUMNS, RHO_COLUMNS, rho_rows
@@ -108,7 +109,7 @@ def descent(
     setup.model.to(setup.device)
     used = {f"{layer}/{part}": tensor for layer, p in patterns.items() for part, tensor in vars(p).items()}
     parts = {
-        "model": setup.model_key, "images": split.fingerprint, "patterns": digest_of(used), "seed": setup.cfg.seed,
+        "model": setup.model_key, "images": split.fingerprint, "patterns": checksum(used, {}), "seed": setup.cfg.seed,
         "criterion": setup.cfg.criterion, "probe": dict(cfg), "batch_size": setup.source.batch_size,
     }  # fmt: skip
     partial = setup.partial("readers", **parts)
@@ -167,7 +168,7 @@ def measure_readers(
     """rho of every neuron from what the readers read on the validation images."""
     split = setup.splits["validation"]
     stream = ReadingStream(setup.model, readers)
-    partial = setup.partial("read", images=split.fingerprint, readers=digest_of(stream.readers.state_dict()))
+    partial = setup.partial("read", images=split.fingerprint, readers=checksum(stream.readers.state_dict(), {}))
     bar.start(0)
     stream_over(setup, stream, split, partial, bar)
     here = met(split, stream.seen)

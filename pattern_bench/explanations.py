@@ -16,9 +16,10 @@ from pattern_bench.core.degradation import area_over_curve, mean_interval, rando
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.data.splits import Split
 from pattern_bench.errors import UserError
+from pattern_bench.files import checksum
 from pattern_bench.methods.base import Method, create, kind_of
 from pattern_bench.methods.patterns import LrpZ, PatternAttribution, PatternNet
-from pattern_bench.passes import digest_of, met, stream_over
+from pattern_bench.passes import met, stream_over
 from pattern_bench.preparation import Setup
 from pattern_bench.progress import Bar
 from pattern_bench.streams import AccuracyStream, DegradationStream, ExplanationStream, RowStream
@@ -175,7 +176,7 @@ def _rows(
     """The stream's rows of all images that can be read, from all processes, by name."""
     used = {f"{layer}/{part}": tensor for layer, p in patterns.items() for part, tensor in vars(p).items()}
     partial = setup.partial(
-        stage, model=setup.model_key, images=split.fingerprint, patterns=digest_of(used), seed=setup.cfg.seed,
+        stage, model=setup.model_key, images=split.fingerprint, patterns=checksum(used, {}), seed=setup.cfg.seed,
         method=OmegaConf.to_container(setup.cfg.method), estimator=setup.estimator.name, **more,
     )  # fmt: skip
     bar.start(0)

@@ -44,13 +44,13 @@ class SplitMoments(Mapping[str, Moments]):
     def _moments(self, kept: Moments | str) -> Moments:
         if isinstance(kept, Moments):
             return kept
-        entry = self.setup.cache.load("moments", kept)
+        entry = self.setup.cache.load("moments", kept, Moments.from_tensors)
         if entry is None:
             raise UserError(
                 f"cache.dir={self.setup.cfg.cache.dir} has lost moments that were just written: was it emptied? Run "
                 "again, or choose another cache.dir"
             )
-        return Moments.from_tensors(entry[0])
+        return entry[0]
 
     def __getitem__(self, layer: str) -> Moments:
         total = None
@@ -133,7 +133,7 @@ def _missing(setup: Setup, keys: Mapping[str, str]) -> tuple[list[str], Met]:
     seen: dict[str, str] = {}
     if ranks.first():
         for number, key in enumerate(keys.values()):
-            entry = setup.cache.load("moments", key)
+            entry = setup.cache.load("moments", key, Moments.from_tensors)
             gone[number] = entry is None
             seen = entry[1] if entry is not None else seen
     missing = [layer for layer, is_gone in zip(keys, ranks.from_first(gone).tolist(), strict=True) if is_gone]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 
 from pattern_bench import ranks
 from pattern_bench.data.splits import Batch, Split
@@ -81,12 +78,3 @@ def met(split: Split, seen: Seen) -> Met:
     left_out[seen.unreadable] = 1
     names = [split.name(position) for position in ranks.total(left_out).nonzero().flatten().tolist()]
     return Met(int(ranks.total(torch.tensor(seen.images))), names)
-
-
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Changes when the tensors do."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -27,6 +27,11 @@ from pattern_bench.results import (
 CELL = ["model", "data", "criterion", "probe", "layer", "estimator"]
 CURVE = ["model", "data", "estimator", "method"]
 AREA = "area over the curve"
+TYPES: dict[str, Any] = {
+    "layer_index": int, "neuron": int, "rho": float, "dead": bool, "step": int, "probability_mean": float,
+    "probability_std": float, "n": int, "resample": int, "mean": float, "median": float,
+}  # fmt: skip
+"""Of the columns that are no names."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,35 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
 def _read(folder: Path) -> Run:
     try:
         summary = json.loads((folder / "summary.json").read_text())
-        rho = pd.read_csv(folder / "rho.csv", dtype={"layer": str})
-        degradation = pd.read_csv(folder / "degradation.csv")
+        tables = [_table(folder / "rho.csv", RHO_COLUMNS), _table(folder / "degradation.csv", DEGRADATION_COLUMNS)]
         file = folder / "bootstrap.csv"
-        bootstrap = (
-            pd.read_csv(file, dtype={"layer": str}) if file.is_file() else pd.DataFrame(columns=BOOTSTRAP_COLUMNS)
-        )
-    except (OSError, ValueError) as error:
+        tables.append(_table(file, BOOTSTRAP_COLUMNS) if file.is_file() else pd.DataFrame(columns=BOOTSTRAP_COLUMNS))
+        if not isinstance(summary, dict) or not isinstance(summary.get("area_over_curve_interval", {}), dict):
+            raise ValueError("summary.json is not a summary")
+        for ends in summary.get("area_over_curve_interval", {}).values():
+            if not (isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)):
+                raise ValueError(f"summary.json gives {ends} as an interval")
+    except (OSError, ValueError, OverflowError) as error:
         raise UserError(f"the run in {folder} is damaged ({error}): remove it or run it again") from error
-    for table, columns in ((rho, RHO_COLUMNS), (degradation, DEGRADATION_COLUMNS), (bootstrap, BOOTSTRAP_COLUMNS)):
-        if lacking := [column for column in columns if column not in table.columns]:
-            raise UserError(f"the run in {folder} lacks columns {lacking}: run it again with this version")
-    return Run(folder, (folder / "summary.json").stat().st_mtime, summary, rho, degradation, bootstrap)
+    return Run(folder, (folder / "summary.json").stat().st_mtime, summary, *tables)
+
+
+def _table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """
+    Raises:
+        ValueError: where a column is missing or holds what it cannot.
+    """
+    table = pd.read_csv(file, dtype={column: TYPES.get(column, str) for column in columns})
+    if lacking := [column for column in columns if column not in table.columns]:
+        raise ValueError(f"{file.name} lacks columns {lacking}: was it written by another version?")
+    for column, kind in TYPES.items():
+        if kind is float and column in columns and not (table[column].isna() | table[column].between(-1e9, 1e9)).all():
+            raise ValueError(f"{file.name} holds what is no number in column {column}")
+    if named := [column for column in columns if TYPES.get(column) is None and table[column].isna().any()]:
+        raise ValueError(f"{file.name} has empty cells in columns {named}")
+    if "probability_mean" in columns and table[["probability_mean", "step"]].isna().any(axis=None):
+        raise ValueError(f"{file.name} has a step without a probability")
+    return table
 
 
 def merged(tables: Sequence[pd.DataFrame], key: list[str]) -> tuple[pd.DataFrame, int]:

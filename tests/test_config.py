@@ -25,7 +25,7 @@ def test_each_choice_composes_and_builds(configure, choice):
         name for default in OmegaConf.load(CONF / "config.yaml").defaults if default != "_self_" for name in default
     }
     cfg = configure(choice if group in chosen else f"+{choice}")
-    mandatory = {"model.path": "torchvision.models.resnet18", "model.architecture": "resnet18", "data.root": "/no"}
+    mandatory = {"model.path": "torch.nn.Identity", "model.architecture": "resnet18", "data.root": "/no"}
     for key, value in mandatory.items():
         if key.startswith(group) and OmegaConf.is_missing(cfg[group], key.split(".")[1]):
             with pytest.raises(UserError, match=f"{key} has no value"):

@@ -95,6 +95,7 @@ def test_fig4b_has_signal_and_attribution_of_every_estimator(draw):
 def test_a_method_that_is_not_for_the_network_is_left_out_with_the_reason(draw):
     _, summary, _ = draw(
         "images=1", "show=[guided_backprop,gradient]", "model=imported", "model.path=test_gallery.Smooth",
+        "allow_any_target=true",
         small=["data.limit=300"],
     )  # fmt: skip
     assert [column["key"] for column in summary["columns"]] == ["gradient"]

@@ -73,9 +73,12 @@ def test_without_network_a_download_says_what_to_do(configure, monkeypatch):
         (["model=resnet18", "model.weights=IMAGENET1K_V9"], r"IMAGENET1K_V9 is neither a file nor weights"),
         (["model=resnet18", "model.weights=/no/such.safetensors"], r"such.safetensors is not a file"),
         (["model=vgg16_features", "model.weights=null", "model.part=body"], r"model.part=body is no part of vgg16"),
-        (["model=imported", "model.path=no.such.Net"], r"model.path=no.such.Net cannot be imported"),
+        (
+            ["model=imported", "model.path=no.such.Net", "allow_any_target=true"],
+            r"model.path=no.such.Net cannot be imported",
+        ),
         (["model=imported", "model.path=torch.nn.ReLU", "+model.arguments.size=3"], r"does not take"),
-        (["model=imported", "model.path=builtins.dict"], r"gave a dict"),
+        (["model=imported", "model.path=builtins.dict", "allow_any_target=true"], r"gave a dict"),
     ],
 )
 def test_wrong_models_are_refused(configure, overrides, message):
@@ -116,6 +119,7 @@ def test_a_pickle_with_code_is_not_run(configure, tmp_path):
 
 def test_a_class_of_the_users_own(configure):
     overrides = ["model=imported", "model.path=torchvision.models.resnet18", "+model.arguments.num_classes=7"]
+    overrides.append("allow_any_target=true")
     assert built(configure, *overrides)(PHOTO[None].repeat(2, 1, 1, 1)).shape == (2, 7)
 
 

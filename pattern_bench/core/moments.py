@@ -44,6 +44,29 @@ class Moments:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Moments:
+        """The inverse of :meth:`tensors`, for files.
+
+        Raises:
+            ValueError: where a sum is missing, unknown, of another type or of a shape that does not fit the others;
+                where ``n`` or ``g`` cannot be counts.
+        """
+        known = {f.name for f in fields(cls)}
+        if odd := sorted(known - {"gram"} - tensors.keys() | tensors.keys() - known):
+            raise ValueError(f"moments lack, or should not have, {', '.join(odd)}")
+        if odd := sorted(name for name, tensor in tensors.items() if tensor.dtype != torch.float64):
+            raise ValueError(f"moments must be float64, and {', '.join(odd)} are not")
+        x, xg = tensors["x"], tensors["xg"]
+        if x.ndim != 2 or xg.ndim != 2 or 0 in x.shape or xg.shape[0] % x.shape[0]:
+            raise ValueError(f"moments of {tuple(xg.shape)} neurons and inputs in {tuple(x.shape)} groups and inputs")
+        (groups, size), neurons = x.shape, xg.shape[0]
+        shapes = {"n": (), "x": (groups, size), "gram": (groups, size, size)}
+        shapes |= dict.fromkeys(("g", "ug", "un", "uug", "uun"), (neurons,))
+        shapes |= dict.fromkeys(("xg", "xug", "xun"), (neurons, size))
+        if odd := sorted(name for name, tensor in tensors.items() if tensor.shape != shapes[name]):
+            raise ValueError(f"moments do not fit together: {', '.join(f'{n} {tuple(tensors[n].shape)}' for n in odd)}")
+        n, g = tensors["n"], tensors["g"]
+        if not (n.isfinite() and bool(((g >= 0) & (g <= n)).all())):
+            raise ValueError(f"moments of {float(n):g} patches cannot have neurons that fire for {g.tolist()[:4]}…")
         return cls(**tensors)
 
     def to(self, device: torch.device | str) -> Moments:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from pattern_bench.config import located
 from pattern_bench.errors import UserError
 from pattern_bench.models.source import ModelSource
 
@@ -16,21 +16,15 @@ class ImportedModel(ModelSource):
     """A network of the user's own.
 
     Args:
-        path: ``package.module.Class``, a class or function that returns an ``nn.Module``.
+        path: ``package.module.Class``, a class or function that returns an ``nn.Module``. A configuration must say
+            ``allow_any_target: true`` for what ``pattern_bench.config.build`` would not build itself.
         arguments: keyword arguments for it.
     """
 
     def __init__(self, *, path: str, arguments: Mapping[str, Any], **common: Any) -> None:
         super().__init__(**common)
         self.path, self.arguments = path, dict(arguments)
-        module, _, attribute = path.rpartition(".")
-        try:
-            self.factory = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"model.path={path} cannot be imported ({error}): give package.module.Class, importable from here "
-                "(is its folder on PYTHONPATH?)"
-            ) from error
+        self.factory = located("model.path", path)
 
     def module(self, sample: Tensor, classes: int | None) -> nn.Module:
         try:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -80,12 +79,14 @@ def read_weights(file: str) -> dict[str, Tensor]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"model.weights={file} is not a file: give a safetensors file or a PyTorch state dict")
+    kind = "safetensors" if path.suffix == ".safetensors" else "a state dict"
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        kind = "safetensors" if path.suffix == ".safetensors" else "a state dict"
+    # A damaged file fails wherever in safetensors, pickle, zip or torch its damage is met first.
+    except Exception as error:
         raise UserError(
             f"model.weights={file} cannot be read as {kind}"
             f" ({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
@@ -93,9 +94,23 @@ def read_weights(file: str) -> dict[str, Tensor]:
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
+        for key, tensor in state.items()
+    ):
         raise UserError(f"model.weights={file} holds no state dict: save model.state_dict() and nothing else")
     return dict(state)
+
+
+def _check_archive(path: Path) -> None:
+    """torch.save does not compress, so a zip archive that holds more than its size is not its work, and may be made to
+    fill the memory."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # what torch.load goes by; older state dicts are no archives
+            return
+    with zipfile.ZipFile(path) as archive:
+        if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it unpacks to more than its own size")
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], setting: str, name: str) -> None:
