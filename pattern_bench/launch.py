@@ -12,8 +12,10 @@ import logging
 import logging.config
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +97,16 @@ def _start(count: int, job: Job, config: Any, folder: Path, log_config: Any) -> 
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # What fails is reported below, in one message.
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     how = LaunchConfig(
         1, 1, count, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
         max_restarts=0, shutdown_timeout=SECONDS_TO_CLOSE,
     )  # fmt: skip
     try:
-        with _as_before(), _threads_for(count):
-            elastic_launch(how, _process)(job, config, str(folder), log_config)
+        with _as_before(), _threads_for(count), _interrupts_for_the_parent():
+            elastic_launch(how, _process)(job, config, str(folder), log_config, os.getpid())
     except SignalException as stop:
         if stop.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -119,12 +122,16 @@ def _start(count: int, job: Job, config: Any, folder: Path, log_config: Any) -> 
         raise RuntimeError(f"process {number} of {count} failed: {trace}") from None
 
 
-def _process(job: Job, config: Any, folder: str, log_config: Any) -> None:
+def _process(job: Job, config: Any, folder: str, log_config: Any, parent: int) -> None:
     """What a process that was started here does."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    # The parent alone answers to the user and to a cluster's scheduler. Where it dies, this process gets SIGINT.
+    # The parent alone answers to the user and to a cluster's scheduler. Where it dies, this process gets SIGINT; where
+    # it died before that was arranged, this process is an orphan already.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    if os.getppid() != parent:
+        raise SystemExit(1)
     for name in ("SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     if os.environ["RANK"] != "0":
@@ -166,6 +173,24 @@ def _as_before() -> Iterator[None]:
         with contextlib.suppress(ValueError):  # in a thread, where nothing was taken
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _interrupts_for_the_parent() -> Iterator[None]:
+    """Ctrl-C reaches processes that are still being started too, and each would show a traceback.
+
+    So they are started with SIGINT blocked, as this thread has it; another thread receives it, and Python then runs
+    this one's handler.
+    """
+    over = threading.Event()
+    threading.Thread(target=over.wait, daemon=True).start()
+    resource_tracker.ensure_running()  # which unblocks SIGINT when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        over.set()
 
 
 @contextlib.contextmanager

@@ -75,6 +75,6 @@ def stream_over(
 def met(split: Split, seen: Seen) -> Met:
     """What the processes met together."""
     left_out = torch.zeros(len(split), dtype=torch.int32)
-    left_out[seen.unreadable] = 1
+    left_out[torch.tensor(seen.unreadable, dtype=torch.int64)] = 1
     names = [split.name(position) for position in ranks.total(left_out).nonzero().flatten().tolist()]
     return Met(int(ranks.total(torch.tensor(seen.images))), names)

@@ -49,6 +49,7 @@ class Split(Dataset):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Tensor, float, int] | Unreadable:
+        position = int(position)  # a loader may count in tensors
         index = int(self.indices[position])
         try:
             image = self.pool.image(index)
