@@ -256,18 +256,21 @@ def test_a_shard_that_is_no_tar_file_is_refused(source, tmp_path, content):
         source(f"{tmp_path}/a.tar").pools()
 
 
-def test_a_header_that_leads_back_ends_the_shard(source, tmp_path):
-    """A negative size would let tarfile read the same headers for ever."""
+@pytest.mark.parametrize("size", [-1024, 2**40, 2**63])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_header_that_leads_elsewhere_ends_the_shard(source, tmp_path, size, kind, caplog):
+    """Sizes that no member has: a negative one would let tarfile read the same headers for ever."""
     with tarfile.open(tmp_path / "a.tar", "w") as shard:
-        add(shard, "a.jpg", b"x" * 600)
-        add(shard, "b.jpg", b"x" * 600)
+        for name in ("a.jpg", "b.jpg", "c.jpg"):
+            add(shard, name, b"x" * 600)
     content = bytearray((tmp_path / "a.tar").read_bytes())
     header = tarfile.TarInfo("b.jpg")
-    header.size = -1024
+    header.size, header.type = size, kind
     content[1536:2048] = header.tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "a.tar").write_bytes(content)
     pool, _ = source(tmp_path).pools()
     assert list(pool.ids) == ["a.tar/a.jpg"]
+    assert "a.tar: it ends early" in caplog.text
 
 
 def test_truncated_and_deleted_shards(source, shard_set, tmp_path, caplog):
@@ -275,7 +278,7 @@ def test_truncated_and_deleted_shards(source, shard_set, tmp_path, caplog):
     first, second, third = sorted(folder.iterdir())
     # Cut off within an image before it is indexed: the images before are known, and it says so.
     with tarfile.open(second) as shard:
-        fourth = shard.getmember(shard.getnames()[6])
+        whole, fourth = (shard.getmember(name) for name in shard.getnames()[5:7])
     second.write_bytes(second.read_bytes()[: fourth.offset_data + 100])
     pool, _ = source(folder).pools()
     assert [pool.ids[i].partition("/")[0] for i in (4, 5, 7, 8, 9)] == [
@@ -283,7 +286,7 @@ def test_truncated_and_deleted_shards(source, shard_set, tmp_path, caplog):
     ]  # fmt: skip
     assert len(pool.ids) == 5 + 3 + 2
     assert (
-        f"train-001.tar: it ends early (unexpected end of data): what followed {fourth.name} is missing" in caplog.text
+        f"train-001.tar: it ends early (unexpected end of data): what followed {whole.name} is missing" in caplog.text
     )
     # Cut off after it was indexed, and gone: its images cannot be read, and are left out.
     first.write_bytes(first.read_bytes()[: int(pool.offsets[2]) + 10])

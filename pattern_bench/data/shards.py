@@ -52,6 +52,8 @@ IN_A_ROW = 8
 OPEN = 4
 # Bytes of a file with a label; larger ones hold something else.
 LABEL_BYTES = 2**20
+# What tarfile raises, besides its own errors, at headers that are none.
+_UNFORESEEN = (ValueError, OverflowError, RecursionError, MemoryError)
 
 
 class ShardPool(Pool):
@@ -256,6 +258,8 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     Raises:
         tarfile.ReadError: where it ends, and not as tar files do.
     """
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as shard:
             end = 0
@@ -264,27 +268,22 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 if member.size < 0 or member.offset < end:
                     raise tarfile.ReadError("headers overlap")
                 end = member.offset_data + member.size
+                if end > length:
+                    raise tarfile.ReadError("unexpected end of data")
                 # Names that begin with a dot are other programs' notes.
                 if member.isreg() and not member.issparse() and not posixpath.basename(member.name).startswith("."):
                     yield member
             file.seek(shard.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("no end mark")
-    except (
-        ValueError,
-        OverflowError,
-        RecursionError,
-    ) as error:  # a header that is none, which tarfile does not foresee
+    except _UNFORESEEN as error:
         raise tarfile.ReadError(str(error)) from error
 
 
 def _label(file: BinaryIO, member: tarfile.TarInfo, shard: str) -> int:
     """The class index in a ``.cls`` or ``.json``; -1 for a JSON object without one."""
     file.seek(member.offset_data)
-    size = min(member.size, LABEL_BYTES)
-    content = file.read(size)
-    if len(content) < size:
-        raise tarfile.ReadError("unexpected end of data")
+    content = file.read(min(member.size, LABEL_BYTES))
     value: Any = content[:40]
     with suppress(ValueError, RecursionError):
         value = json.loads(content) if member.name.lower().endswith(".json") else int(content)
