@@ -266,10 +266,15 @@ def imagenet(photographs, tmp_path):
     return root
 
 
+@pytest.fixture(scope="module")
+def settings(configure):
+    return configure("data=imagenet", "data.root=ROOT").data
+
+
 @pytest.fixture
-def source(configure):
+def source(settings):
     def make(root, cache=None):
-        made = build(configure("data=imagenet", f"data.root={root}").data)
+        made = build(settings, root=str(root))
         made.cache = cache
         return made
 

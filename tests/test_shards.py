@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.models import ResNet18_Weights
@@ -60,11 +61,17 @@ def shard_set(photographs):
     return make
 
 
+@pytest.fixture(scope="module")
+def settings(configure):
+    """What conf/data/shards.yaml sets, composed once: it takes a while."""
+    return configure("data=shards", "data.root='{a,b}.tar'").data
+
+
 @pytest.fixture
-def source(configure):
-    def make(root, *overrides, cache=None):
-        quoted = f"[{','.join(root)}]" if isinstance(root, list) else f"'{root}'"
-        made = build(configure("data=shards", f"data.root={quoted}", *overrides).data)
+def source(settings):
+    def make(root, cache=None, **others):
+        root = [str(each) for each in root] if isinstance(root, list) else str(root)
+        made = build(OmegaConf.merge(settings, {"root": root, **others}))
         made.cache = cache
         return made
 
@@ -149,11 +156,11 @@ def test_classes_are_those_of_both_roots_or_as_given(source, shard_set, tmp_path
     with tarfile.open(tmp_path / "held.tar", "w") as shard:
         add(shard, "a.jpg", b"")
         add(shard, "a.cls", b"07")
-    held = f"data.validation_root={tmp_path}/held.tar"
-    assert [pool.classes for pool in source(folder, held).pools()] == [8, 8]
-    assert [pool.classes for pool in source(folder, held, "data.classes=10").pools()] == [10, 10]
+    held = f"{tmp_path}/held.tar"
+    assert [pool.classes for pool in source(folder, validation_root=held).pools()] == [8, 8]
+    assert [pool.classes for pool in source(folder, validation_root=held, classes=10).pools()] == [10, 10]
     with pytest.raises(UserError, match=r"data.classes=7 is too few for the label 7: give at least 8"):
-        source(folder, held, "data.classes=7").pools()
+        source(folder, validation_root=held, classes=7).pools()
 
 
 def test_members_are_told_apart_by_their_keys(source, photographs, tmp_path):
@@ -203,7 +210,7 @@ def test_patterns_of_shards(source, shard_set, tmp_path):
     expected = [f"{folder}/train-{i:03}.tar" for i in range(3)]
     for pattern in (folder, f"{folder}/train-*.tar", f"{folder}/train-{{000..002}}.tar", expected, f"file://{folder}"):
         assert [shard.place for shard in source(pattern).pools()[0].shards] == expected
-    both = source(f"{folder}/train-000.tar", f"data.validation_root={folder}/train-001.tar").pools()
+    both = source(f"{folder}/train-000.tar", validation_root=f"{folder}/train-001.tar").pools()
     assert [pool.ids[0].partition("/")[0] for pool in both] == ["train-000.tar", "train-001.tar"]
 
 
@@ -299,7 +306,7 @@ def test_truncated_and_deleted_shards(source, shard_set, tmp_path, caplog):
 
 def test_unreadable_images_of_shards_are_counted(source, shard_set, tmp_path):
     folder, _ = shard_set(tmp_path)
-    made = source(folder, "data.fit=4", "data.probe=4", "data.validation=4")
+    made = source(folder, fit=4, probe=4, validation=4)
     splits = make_splits(made, 0)
     sorted(folder.iterdir())[1].unlink()
     bad = [
@@ -387,7 +394,7 @@ def test_shards_from_a_server(source, shard_set, serve, tmp_path, ranges):
     folder, images = shard_set(tmp_path)
     url, asked = serve(folder, ranges)
     cache = Cache(str(tmp_path / "cache"))
-    made = source(f"{url}/train-{{000..002}}.tar", "data.shards_kept=2", cache=cache)
+    made = source(f"{url}/train-{{000..002}}.tar", cache=cache, shards_kept=2)
     pool, _ = made.pools()
     assert [shard.parts for shard in pool.shards] == [ranges] * 3
     assert set(whole(asked).values()) <= ({1} if ranges else {1, 2})  # without ranges, trying them asks for it all

@@ -156,7 +156,7 @@ def _describe(place: str, setting: str) -> File:
         try:
             stat = os.stat(place)
         except OSError as error:
-            raise UserError(f"{setting}: {place} is not there ({error.strerror}): give the path of a file") from error
+            raise UserError(f"{setting}: {place} is not there ({error.strerror}): give the path of a file") from None
         return File(place, setting, stat.st_size, str(stat.st_mtime_ns), True)
     files, path = _filesystem(place, setting)
     info = _attempt(lambda: files.info(path), f"{setting}: {plain(place)}")
@@ -188,7 +188,7 @@ def _filesystem(place: str, setting: str) -> tuple[Any, str]:
     try:
         return url_to_fs(place, **options)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{setting}={plain(place)} cannot be opened: {plain(str(error))}") from error
+        raise UserError(f"{setting}={plain(place)} cannot be opened: {plain(str(error))}") from None
 
 
 def _attempt(read: Callable[[], T], what: str) -> T:

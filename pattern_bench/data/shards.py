@@ -24,7 +24,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import accumulate
 from typing import Any, BinaryIO
 
@@ -41,6 +41,8 @@ from pattern_bench.data.source import Pool, Source, photograph_transform
 from pattern_bench.errors import UserError
 
 log = logging.getLogger(__name__)
+
+Index = tuple[dict[str, Tensor], dict[str, str]]
 
 INDEX_VERSION = 1
 # A single image of a remote shard costs a round trip, in which about so many bytes of a download would arrive. A shard
@@ -74,7 +76,10 @@ class ShardPool(Pool):
     def __init__(self, shards: Sequence[File], heads: Sequence[str], store: Store | None, cache: Cache | None) -> None:
         self.shards, self.store = list(shards), store
         setting = self.shards[0].setting
-        entries = [_index(shard, store, cache) for shard in self.shards]
+        kept = [_kept_index(shard, cache) for shard in self.shards]
+        if None in kept:
+            log.info("%s: indexing %d of %d shards, once", setting, kept.count(None), len(kept))
+        entries = [entry or _made_index(shard, store, cache) for shard, entry in zip(self.shards, kept, strict=True)]
         columns = {name: [tensors[name] for tensors, _ in entries] for name in entries[0][0]}
         counts = [len(offsets) for offsets in columns["offsets"]]
         if not sum(counts):
@@ -171,32 +176,34 @@ def _quietly(shard: File, store: Store) -> None:
         store.open(shard).close()
 
 
-def _index(shard: File, store: Store | None, cache: Cache | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Where a shard's images are: from the cache, or from a pass over its headers that no other process repeats."""
-    if cache is None:
-        return _read_index(shard, store)
+def _key_of(shard: File) -> str:
     place = shard.place if shard.remote else os.path.abspath(shard.place)
-    key = key_of(version=INDEX_VERSION, shard=place, size=shard.size, changed=shard.version)
-    with cache.lock("listings", key):
-        entry = cache.load("listings", key)
-        if entry is None:
-            entry = _read_index(shard, store)
-            cache.save("listings", key, *entry)
+    return key_of(version=INDEX_VERSION, shard=place, size=shard.size, changed=shard.version)
+
+
+def _kept_index(shard: File, cache: Cache | None) -> Index | None:
+    return None if cache is None else cache.load("listings", _key_of(shard))
+
+
+def _made_index(shard: File, store: Store | None, cache: Cache | None) -> Index:
+    """Where a shard's images are, by a pass over its headers that no other process repeats."""
+    with nullcontext() if cache is None else cache.lock("listings", _key_of(shard)):
+        entry = _kept_index(shard, cache)
+        if entry is not None:
+            return entry
+        try:
+            with _open(shard, store) as file:
+                entry = read_index(file, str(shard))
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(
+                f"{shard} cannot be read as an uncompressed tar file ({error}): replace it, or leave it out"
+            ) from None
+        if cache is not None:
+            cache.save("listings", _key_of(shard), *entry)
         return entry
 
 
-def _read_index(shard: File, store: Store | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    log.info("indexing %s", shard)
-    try:
-        with _open(shard, store) as file:
-            return read_index(file, str(shard))
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"{shard} cannot be read as an uncompressed tar file ({error}): replace it, or leave it out"
-        ) from error
-
-
-def read_index(file: BinaryIO, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_index(file: BinaryIO, name: str) -> Index:
     """Finds the images of a shard.
 
     Args:
