@@ -4,12 +4,10 @@ checksum, so that damage done to them later is noticed."""
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -28,26 +26,19 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: naming ``path``, where it cannot be written.
     """
-    for left in path.parent.glob(f".{glob.escape(path.stem)}-*{path.suffix}"):
-        left.unlink(missing_ok=True)  # by a process that was killed as it wrote
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
+    # One name for all who write this file, so that what a killed process leaves is written over by the next.
+    name = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        write(Path(name))
-        os.chmod(name, 0o666 & ~_umask())
+        name.unlink(missing_ok=True)
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        write(name)
         os.replace(name, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            os.unlink(name)
+            name.unlink()
         if isinstance(error, OSError | safetensors.SafetensorError):
             raise OSError(getattr(error, "errno", None), getattr(error, "strerror", str(error)), str(path)) from error
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class Damaged(ValueError):

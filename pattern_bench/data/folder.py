@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from pattern_bench.cache import Cache
+from pattern_bench.data.decode import decode
+from pattern_bench.data.listing import Names, list_images
 from pattern_bench.data.source import Pool, Source, photograph_transform
 from pattern_bench.errors import UserError
 
@@ -23,36 +24,25 @@ class FolderPool(Pool):
         UserError: where ``root`` is no folder or holds no image.
     """
 
-    def __init__(self, root: str, setting: str) -> None:
+    ids: Names
+
+    def __init__(self, root: str, setting: str, cache: Cache | None = None) -> None:
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise UserError(f"{setting}={root} is not a folder: give the path of a folder of images")
-        # followlinks is off: a link to a parent would never end.
-        files = sorted(
-            (Path(folder) / name).relative_to(self.root)
-            for folder, _, names in os.walk(self.root)
-            for name in names
-            if name.lower().endswith(IMG_EXTENSIONS)
-        )
-        if not files:
+        listing = list_images(self.root, cache)
+        if not listing.names:
             raise UserError(
                 f"{setting}={root} holds no image: put files of these types in it: {' '.join(IMG_EXTENSIONS)}"
             )
-        self.ids = [path.as_posix() for path in files]
-        labelled = all(len(path.parts) > 1 for path in files)
-        names = sorted({path.parts[0] for path in files}) if labelled else []
-        number = {name: i for i, name in enumerate(names)}
-        self.labels = [number[path.parts[0]] for path in files] if labelled else None
-        self.classes = len(names) if labelled else None
-        digest = hashlib.sha256()
-        for path in files:
-            stat = (self.root / path).stat()
-            digest.update(f"{path.as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        self.fingerprint = digest.hexdigest()
+        labelled = min(listing.labels) >= 0
+        self.ids = listing.names
+        self.labels = listing.labels if labelled else None
+        self.classes = len(listing.classes) if labelled else None
+        self.fingerprint = listing.fingerprint
 
     def image(self, index: int) -> Image.Image:
-        with Image.open(self.root / self.ids[index]) as image:
-            return image.convert("RGB")
+        return decode(self.root / self.ids.path(index))
 
 
 class Folder(Source):
@@ -69,10 +59,10 @@ class Folder(Source):
         self.root, self.validation_root, self.size = root, validation_root, size
 
     def pools(self) -> tuple[Pool, Pool | None]:
-        train = FolderPool(self.root, "data.root")
+        train = FolderPool(self.root, "data.root", self.cache)
         if self.validation_root is None:
             return train, None
-        return train, FolderPool(self.validation_root, "data.validation_root")
+        return train, FolderPool(self.validation_root, "data.validation_root", self.cache)
 
     def transform(self) -> Callable[[Any], Tensor]:
         return photograph_transform(self.size)

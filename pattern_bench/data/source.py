@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision import transforms
 from torchvision.transforms import v2
 
 from pattern_bench.cache import Cache
@@ -29,8 +30,9 @@ class Pool:
     labels: Sequence[float] | None
     classes: int | None
     fingerprint: str
+    # Images that are neighbours in the pool lie beside each other in a file that is cheap to read onwards and dear to
+    # jump about in. A pass over a split then visits them by index; sums are the same in any order.
     sequential = False
-    """Whether images are read best in the order of their indices, as from an archive."""
 
     def image(self, index: int) -> Any:
         """A PIL image in RGB, or a float tensor. May raise OSError or ValueError for an unreadable file."""
@@ -66,7 +68,7 @@ class Source:
 
     regression = False
     cache: Cache | None = None
-    """Where listings of many files are kept; set by the job before it asks for the pools."""
+    """Where listings and indices of the images are kept; the job sets it before it calls :meth:`pools`."""
     signal: Tensor | None = None
     """The true signal direction of a layer's input, where the data are made so that it is known."""
 
@@ -99,14 +101,15 @@ class Source:
         return v2.Identity()
 
 
-def photograph_transform(size: int) -> v2.Compose:
-    """Resize the short side to ``size``, crop the centre, normalise as torchvision's ImageNet models expect."""
-    return v2.Compose(
+def photograph_transform(size: int) -> transforms.Compose:
+    """Resize the short side to ``size`` with antialiasing, crop the centre, normalise as torchvision's ImageNet models
+    expect: bit for bit what the transforms of its weights do (their v2 counterparts differ in the last bit)."""
+    return transforms.Compose(
         [
-            v2.Resize(size, antialias=True),
-            v2.CenterCrop(size),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            transforms.Resize(size, antialias=True),
+            transforms.CenterCrop(size),
+            transforms.PILToTensor(),
+            transforms.ConvertImageDtype(torch.float32),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )

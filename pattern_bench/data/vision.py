@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,79 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
+from pattern_bench.cache import Cache, key_of
+from pattern_bench.data.decode import decode
+from pattern_bench.data.listing import Names, list_images
 from pattern_bench.data.source import Pool, Source, photograph_transform
 from pattern_bench.errors import UserError
 
 
-class VisionPool(Pool):
-    """A torchvision data set that keeps its labels in ``targets``."""
+class ImageNetPool(Pool):
+    """One part of ImageNet, as torchvision finds it: classes are the sorted WordNet ids.
 
-    def __init__(self, dataset: Any, ids: list[str] | None = None) -> None:
-        self.dataset = dataset
-        self.labels = list(dataset.targets)
-        self.ids = ids or [str(i) for i in range(len(dataset))]
-        self.classes = len(dataset.classes)
-        names = "\n".join([type(dataset).__name__, *self.ids, *map(str, self.labels)])
-        self.fingerprint = hashlib.sha256(names.encode()).hexdigest()
+    Args:
+        root: the folder with ``train/``, ``val/`` and ``meta.bin``, or with the archives they are unpacked from.
+        part: ``train`` or ``val``.
+        cache: keeps the listing.
+
+    Raises:
+        UserError: where ``root`` does not hold it.
+    """
+
+    ids: Names
+
+    def __init__(self, root: Path, part: str, cache: Cache | None) -> None:
+        where = f"data.root={root}"
+        # Jobs side by side unpack once.
+        unpacking = nullcontext() if cache is None else cache.lock("listings", key_of(unpacking=str(root.resolve())))
+        try:
+            with unpacking, safe_extraction():
+                layout = _Layout(root, split=part)
+        except KeyError as error:
+            raise UserError(
+                f"{where}: {part}/ has a folder {error}, which is no class of meta.bin: move it elsewhere"
+            ) from error
+        except Exception as error:  # a damaged meta.bin or archive has many
+            raise UserError(
+                f"{where} has no ImageNet ({_first_line(error)}): give the folder that holds "
+                "train/, val/ and meta.bin, or the archives that torchvision.datasets.ImageNet unpacks"
+            ) from error
+        listing = list_images(root / part, cache, follow_links=True)
+        if empty := sorted(set(layout.wnids) - set(listing.classes)):
+            raise UserError(f"{where}: {part}/{empty[0]} holds no image: fill it, or remove it")
+        if -1 in listing.labels:
+            stray = listing.names[listing.labels.index(-1)]
+            raise UserError(f"{where}: {part}/{stray} lies in no class's folder: move it to one, or remove it")
+        self.root, self.ids = root, listing.names.below(f"{part}/")
+        self.labels, self.classes, self.fingerprint = listing.labels, len(layout.wnids), listing.fingerprint
 
     def image(self, index: int) -> Image.Image:
-        return self.dataset[index][0].convert("RGB")
+        return decode(self.root / self.ids.path(index))
+
+
+class _Layout(datasets.ImageNet):
+    """torchvision's checks, unpacking and classes, without its own walk over the images."""
+
+    @staticmethod
+    def make_dataset(*_: Any, **__: Any) -> list[tuple[str, int]]:
+        return []
+
+
+@contextmanager
+def safe_extraction() -> Iterator[None]:
+    """Archives are unpacked into their folder and nowhere else.
+
+    torchvision before 0.29 calls ``extractall`` without a filter, and so believes an archive's ``../`` and links;
+    Python then takes the filter from this attribute (PEP 706). 3.11.0 to 3.11.3 have none: there only the archive's
+    MD5 speaks for it, which torchvision compares first.
+    """
+    kept = getattr(tarfile.TarFile, "extraction_filter", None)
+    safe = getattr(tarfile, "data_filter", None)
+    tarfile.TarFile.extraction_filter = None if safe is None else staticmethod(safe)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = kept if kept is None else staticmethod(kept)
 
 
 class ImageNet(Source):
@@ -44,18 +101,7 @@ class ImageNet(Source):
 
     def pools(self) -> tuple[Pool, Pool | None]:
         root = Path(self.root).expanduser()
-        try:
-            train, validation = (datasets.ImageNet(root, split=split) for split in ("train", "val"))
-        except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"data.root={self.root} has no ImageNet ({_first_line(error)}): give the folder that holds "
-                "train/, val/ and meta.bin, or the archives that torchvision.datasets.ImageNet unpacks"
-            ) from error
-
-        def names(dataset: Any) -> list[str]:
-            return [Path(file).relative_to(root).as_posix() for file, _ in dataset.imgs]
-
-        return VisionPool(train, names(train)), VisionPool(validation, names(validation))
+        return ImageNetPool(root, "train", self.cache), ImageNetPool(root, "val", self.cache)
 
     def transform(self) -> Callable[[Any], Tensor]:
         return photograph_transform(self.size)
