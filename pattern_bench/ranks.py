@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
+VALUES_AT_ONCE = 2**22
+"""The exchange takes a copy of what it sums, and a Gram matrix can have gigabytes."""
+
 
 def rank() -> int:
     """The number of this process, from 0."""
@@ -41,7 +44,8 @@ def total_in_first(tensor: Tensor) -> Tensor:
     """The sum over all processes, in the first; elsewhere what is left is of no use."""
     if size() > 1:
         there = _within_reach(tensor)
-        distributed.reduce(there, dst=0)
+        for part in there.view(-1).split(VALUES_AT_ONCE):
+            distributed.reduce(part, dst=0)
         tensor = there.to(tensor.device)
     return tensor
 
