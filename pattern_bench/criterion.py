@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +14,8 @@ from torch import Tensor
 
 from pattern_bench import ranks
 from pattern_bench.core.estimators import Pattern
+from pattern_bench.core.memory import fits
 from pattern_bench.core.moments import Moments
-from pattern_bench.core.network import collecting
 from pattern_bench.core.quality import Probe, Target, rho
 from pattern_bench.core.reading import Reader
 from pattern_bench.data.splits import GlobalBatches
@@ -24,8 +26,9 @@ from pattern_bench.passes import Met, met, stream_over
 from pattern_bench.preparation import Setup, checkpoint
 from pattern_bench.progress import Bar
 from pattern_bench.results import BOOTSTRAP_COLUMNS, RHO_COLUMNS, rho_rows
-from pattern_bench.streams import ReaderDescent, ReadingStream, Seen, fast_layout
+from pattern_bench.streams import ReaderDescent, ReadingStream, Seen
 
+log = logging.getLogger(__name__)
 ROUND = 100
 """Batches, at most, after which descent looks at its loss and keeps its state."""
 AGREEMENT = 0.02
@@ -77,17 +80,36 @@ def closed_form(
 
 
 def _layer_rho(setup: Setup, layer: str, pattern: Pattern, probe: Moments, test: Moments) -> tuple[Tensor, float]:
-    here = Pattern(*(tensor.to(setup.device) for tensor in vars(pattern).values()))
+    """rho (N,) and the regularisation, computed on the device, or on the CPU where Gram matrices find no room there."""
+    found: list[tuple[Tensor, float]] = []
+
+    def compute(device: torch.device) -> None:
+        found.append(_layer_rho_on(device, setup, layer, pattern, probe, test))
+
+    for device in dict.fromkeys((setup.device, torch.device("cpu"))):
+        if fits(functools.partial(compute, device)):
+            return found[0]
+        log.warning("out of memory with ρ of layer %s on %s", layer, device)
+    raise UserError(
+        f"the memory is too small for ρ of layer {layer}, whose Gram matrix has {probe.x.shape[1]} columns: leave it "
+        "out (layer), or give probe=sgd"
+    )
+
+
+def _layer_rho_on(
+    device: torch.device, setup: Setup, layer: str, pattern: Pattern, probe: Moments, test: Moments
+) -> tuple[Tensor, float]:
+    here = Pattern(*(tensor.to(device) for tensor in vars(pattern).values()))
     bias: Any = setup.model.get_submodule(layer).bias
-    target = Target(setup.cfg.criterion, None if bias is None else bias.double().to(setup.device))
+    target = Target(setup.cfg.criterion, None if bias is None else bias.double().to(device))
     try:
-        fitted = Probe(probe.to(setup.device), setup.cfg.probe.regularisation, setup.memory)
+        fitted = Probe(probe.to(device), setup.cfg.probe.regularisation, setup.memory)
     except ValueError as error:
         raise UserError(f"rho of layer {layer}: {error}") from error
     direction = fitted.direction(here, target)
     regularisation = fitted.regularisation
     del fitted  # its factor is as large as the Gram matrix that comes next
-    return rho(direction, test.to(setup.device), here, target, setup.memory), regularisation
+    return rho(direction, test.to(device), here, target, setup.memory), regularisation
 
 
 # --- descent ---
@@ -120,14 +142,16 @@ def descent(
         module.load_state_dict({name: tensor for name, tensor in state.items() if name.startswith("readers.")})
         took = {"steps": int(state["steps"]), "loss": float(state["loss"]), "stopped_early": bool(state["early"])}
         return readers, took, met(split, Seen.from_tensors(state))
-    _calibrate(setup, readers)
+    _calibrate(setup, module)
     fit_bar.start(cfg.steps)
     best = ModelCheckpoint(setup.folder / "checkpoints", "readers-{step}", monitor="loss", save_on_train_epoch_end=True)
     patience = EarlyStopping("loss", patience=cfg.patience, min_delta=1e-5, check_on_train_epoch_end=True)
     # Last, so that it holds what the others have come to.
     every_round, last = checkpoint(setup.folder, f"readers-{partial.key}")
     trainer = setup.trainer(fit_bar, best, patience, every_round, max_epochs=-1)
-    trainer.fit(module, split.shuffled(batches, setup.source.workers), ckpt_path=last, weights_only=True)
+    loader = split.shuffled(batches, setup.source.workers)
+    if not fits(lambda: trainer.fit(module, loader, ckpt_path=last, weights_only=True)):
+        raise module.too_small("the readers of all layers and what Adam keeps of them")
     state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
     state = {name: tensor for name, tensor in state.items() if name.startswith("readers.")}
     module.load_state_dict(state)
@@ -139,27 +163,22 @@ def descent(
     return readers, took, met(split, module.seen)
 
 
-def _calibrate(setup: Setup, readers: Mapping[str, Reader]) -> None:
-    """Shows the readers one batch, the same in every process."""
+def _calibrate(setup: Setup, module: ReaderDescent) -> None:
+    """Shows the readers one batch, the same in every process, or as much of it as the memory of each is enough for."""
     split = setup.splits["probe"]
     loader = setup.loader(split, split.share(len(split)))
-    first = next((batch.images for batch in loader if batch.images is not None), None)
-    if first is None:
+    batch = next((batch for batch in loader if batch.images is not None), None)
+    if batch is None:
         raise UserError(f"none of the {len(split)} images of the probe split can be read: mend the files")
-    with torch.no_grad(), collecting(setup.model, {name: _Calibration(reader) for name, reader in readers.items()}):
-        setup.model(fast_layout(first.to(setup.device)))
+    images = batch.images.to(setup.device)
+    while not _everywhere(fits(functools.partial(module.calibrate, images, batch.positions))):
+        module.halve(len(images))
+        images = images[: module.most]
 
 
-class _Calibration:
-    """Shows a reader the first call of its layer."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader, self.done = reader, False
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        if not self.done:
-            self.reader.calibrate(x, y)
-        self.done = True
+def _everywhere(fine: bool) -> bool:
+    """Whether it is so in every process."""
+    return int(ranks.total(torch.tensor(int(fine)))) == ranks.size()
 
 
 def measure_readers(

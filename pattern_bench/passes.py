@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from pattern_bench import ranks
+from pattern_bench.core.memory import fits
 from pattern_bench.data.splits import Batch, Split
 from pattern_bench.partial import Partial
 from pattern_bench.preparation import Setup
@@ -53,6 +54,9 @@ def stream_over(
 
     What it is at now and then goes into ``partial``, and what is there already is not visited again. At the end it goes
     there to ``keep``, for a run that is interrupted in a later stage, unless it has another place.
+
+    Raises:
+        UserError: where the device's memory is too small for the stream, or for a single image.
     """
     batch_size = batch_size or setup.source.batch_size
     positions = split.share(batch_size, ranks.rank(), ranks.size())
@@ -63,7 +67,8 @@ def stream_over(
     bar.add_images(len(positions), done, batch_size)
     # Methods that explain need autograd.
     trainer = setup.trainer(bar, _Keeping(stream, partial, done), inference_mode=False)
-    trainer.predict(stream, loader, return_predictions=False)
+    if not fits(lambda: trainer.predict(stream, loader, return_predictions=False)):
+        raise stream.too_small("what this stage keeps")
     if not len(positions[done:]):
         # Lightning passes over an empty loader without a word to the module.
         stream.to(setup.device)

@@ -23,6 +23,7 @@ from pattern_bench.config import build
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.degradation import ORDERS, REPLACEMENTS
 from pattern_bench.core.estimators import Estimator
+from pattern_bench.core.memory import fits
 from pattern_bench.core.network import layers_in_order, select_layers
 from pattern_bench.core.quality import CLOSED_FORM, CRITERIA
 from pattern_bench.data.source import Source
@@ -281,7 +282,9 @@ def _train_here(setup: Setup, model: nn.Module, training: Training, bar: Bar) ->
         every_epoch, last = checkpoint(setup.folder, f"training-{key}")
         alone = {"devices": 1, "num_nodes": 1, "strategy": SingleDeviceStrategy(device)}
         trainer = setup.trainer(bar, every_epoch, max_epochs=training.epochs, **alone)
-        trainer.fit(learner, images.shuffled(batches, setup.source.workers), ckpt_path=last, weights_only=True)
+        loader = images.shuffled(batches, setup.source.workers)
+        if not fits(lambda: trainer.fit(learner, loader, ckpt_path=last, weights_only=True)):
+            raise learner.too_small("the model and what Adam keeps of it")
         setup.cache.save("models", key, model.state_dict(), setup.names)
 
 

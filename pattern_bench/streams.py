@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,17 +10,18 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.degradation import degradation_curve, rank_patches, replacement
 from pattern_bench.core.layers import Scratch
-from pattern_bench.core.network import Watcher, collecting
+from pattern_bench.core.memory import fits
+from pattern_bench.core.network import Watcher, collecting, layers_in_order
 from pattern_bench.core.reading import Correlation, Reader
 from pattern_bench.data.splits import Batch
 from pattern_bench.errors import UserError
+from pattern_bench.halving import Halving
 from pattern_bench.models.source import Training
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,11 +50,48 @@ def fast_layout(images: Tensor) -> Tensor:
     return images
 
 
-class Stream(pl.LightningModule):
+def not_finite(layer: str, positions: Tensor) -> UserError:
+    """What is wrong where a layer's input or output is NaN or infinite for a batch of images at ``positions``."""
+    return UserError(
+        f"layer {layer}: NaN or Inf in its input or output, for the batch of images {int(positions.min())} to "
+        f"{int(positions.max())} of the split: mend the weights (model.weights) or the images"
+    )
+
+
+def answers(model: nn.Module, images: Tensor, positions: Tensor) -> Tensor:
+    """The model's outputs, (B, K).
+
+    Raises:
+        UserError: naming the first layer where something was NaN or infinite, where that shows in them.
+    """
+    logits: Tensor = model(images)
+    if not logits.softmax(1).isfinite().all():
+        raise not_finite(first_not_finite(model, images) or "after the last one", positions)
+    return logits
+
+
+def first_not_finite(model: nn.Module, images: Tensor) -> str | None:
+    """The first layer whose output is NaN or infinite somewhere, or None."""
+    watched = {name: _Finite() for name in layers_in_order(model, images)}
+    with torch.no_grad(), collecting(model, watched):
+        model(images)
+    return next((name for name, layer in watched.items() if not layer.finite), None)
+
+
+class _Finite:
+    """Whether all that a layer put out was finite."""
+
+    finite = True
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        self.finite = self.finite and bool(y.isfinite().all())
+
+
+class Stream(Halving, pl.LightningModule):
     """Predicts batch by batch and keeps what ``visit`` makes of each.
 
     What it keeps can be taken out with ``state`` between two batches, and a stream that is given it as ``kept`` goes on
-    from there. A batch that the device's memory is too small for is visited in halves, and so are those after it.
+    from there.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -63,7 +100,6 @@ class Stream(pl.LightningModule):
         self.model = model
         self.seen = Seen()
         self.kept: Mapping[str, Tensor] | None = None
-        self.most: int | None = None
 
     def on_predict_start(self) -> None:
         self.start()
@@ -72,40 +108,12 @@ class Stream(pl.LightningModule):
             self.restore(self.kept)
 
     def predict_step(self, batch: Batch, batch_index: int) -> None:
-        if batch.images is not None:
-            most = self.most or len(batch.images)
-            parts = (part.split(most) for part in (batch.images, batch.targets, batch.positions))
-            for images, targets, positions in zip(*parts, strict=True):
-                self._visit(fast_layout(images), targets, positions)
-        self.seen.add(batch)
-
-    def _visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
-        try:
-            self.visit(images, targets, positions)
-            return
-        except torch.OutOfMemoryError:
-            pass  # and no more in here, where the traceback holds the failed attempt's tensors
-        most = self.halve(len(images))
-        parts = (part.split(most) for part in (images, targets, positions))
-        for part in zip(*parts, strict=True):
-            self._visit(*part)
-
-    def halve(self, images: int) -> int:
-        """Takes half of so many images at once from now on, and returns how many that are.
-
-        Raises:
-            UserError: where that was one image.
-        """
-        if images == 1:
-            raise UserError(
-                "the device's memory is too small for a single image: select fewer layers (layer), lower "
-                "moments.memory_gib, or use another device (trainer=cpu)"
+        if (images := batch.images) is not None:
+            self.in_parts(
+                len(images),
+                lambda part: self.visit(fast_layout(images[part]), batch.targets[part], batch.positions[part]),
             )
-        self.most = images // 2
-        log.warning("out of memory with %d images at once: going on with %d (data.batch_size)", images, self.most)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return self.most
+        self.seen.add(batch)
 
     def start(self) -> None:
         """Makes, on the device, what ``visit`` adds to."""
@@ -146,14 +154,19 @@ class WatchingStream(Stream):
 
     def _watch(self, images: Tensor, known: Mapping[str, int]) -> None:
         attempts = {name: _Attempt(watcher, known[name]) for name, watcher in self.watchers.items()}
-        try:
+
+        def attempt() -> None:
             with collecting(self.model, attempts):
                 self.model(images)
-            return
-        except torch.OutOfMemoryError:
-            pass
-        for part in images.split(self.halve(len(images))):
-            self._watch(part, {name: attempt.known for name, attempt in attempts.items()})
+
+        if not fits(attempt):
+            self.halve(len(images))
+            known = {name: attempt.known + self.finish(name) for name, attempt in attempts.items()}
+            self.in_parts(len(images), lambda part: self._watch(images[part], known))
+
+    def finish(self, name: str) -> bool:
+        """Whether a layer's watcher was shown a call, without the memory to take it in; it is made to do so now."""
+        return False
 
     def state(self) -> dict[str, Tensor]:
         each = ((name, watcher.state()) for name, watcher in self.watchers.items())
@@ -180,6 +193,8 @@ class MomentStream(WatchingStream):
         UserError: naming layer and batch, where an activation is NaN or infinite.
     """
 
+    remedy = "select fewer layers (layer), lower moments.memory_gib"
+
     def __init__(
         self,
         model: nn.Module,
@@ -195,25 +210,74 @@ class MomentStream(WatchingStream):
 
     def start(self) -> None:
         layers: dict[str, Any] = {name: self.model.get_submodule(name) for name in self.layers}
-        scratch = Scratch()
+        self.scratch = Scratch()
         self.watchers = {
-            name: Collector(layer, self.gram, self.memory, self.positions, self.seeds[name], scratch)
+            name: Collector(layer, self.gram, self.memory, self.positions, self.seeds[name], self.scratch)
             for name, layer in layers.items()
         }
+
+    def halve(self, images: int) -> None:
+        self.scratch.memory.clear()
+        super().halve(images)
+
+    def finish(self, name: str) -> bool:
+        collector = self.watchers[name]
+        there = bool(collector.unfinished)
+        if not fits(collector.finish):
+            raise self.too_small()
+        return there
 
     def predict_step(self, batch: Batch, batch_index: int) -> None:
         super().predict_step(batch, batch_index)
         finite = torch.stack([collector.finite for collector in self.watchers.values()])
         if not finite.all():
-            layer = next(name for name, fine in zip(self.watchers, finite.tolist(), strict=True) if not fine)
-            first, last = int(batch.positions.min()), int(batch.positions.max())
-            raise UserError(
-                f"layer {layer}: NaN or Inf in its input or output at batch {batch_index} (images {first} to {last} "
-                "of the split): mend the weights (model.weights) or the images"
-            )
+            raise not_finite(list(self.watchers)[finite.tolist().index(False)], batch.positions)
 
 
-class ReaderDescent(pl.LightningModule):
+class _WithGradients(torch.autograd.Function):
+    """A loss () whose gradients are known: on the way back, each parameter is given its own."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        return None, None, *(None if g is None else g * grad_outputs[0] for g in ctx.gradients)
+
+
+class Descending(Halving, pl.LightningModule):
+    """Takes a step for each batch. Its gradient is taken at once: where the device's memory is too small for a batch,
+    the gradients of its parts are added up."""
+
+    def descend(self, images: int, loss: Callable[[slice], Tensor]) -> Tensor:
+        """The loss of a batch of so many images, (), with its gradients.
+
+        Args:
+            images: in the batch.
+            loss: of a part of it, (); those of all parts add up to the batch's.
+
+        Raises:
+            UserError: where memory is too small for a single image.
+        """
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        values: list[Tensor] = []
+        gradients: list[Tensor | None] = [None] * len(parameters)
+
+        def take(part: slice) -> None:
+            value = loss(part)
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
+            values.append(value.detach())
+            for i, more in enumerate(found):
+                sofar = gradients[i]
+                gradients[i] = more if sofar is None or more is None else sofar + more
+
+        self.in_parts(images, take)
+        return _WithGradients.apply(torch.stack(values).sum(), gradients, *parameters)
+
+
+class ReaderDescent(Descending):
     """Fits the readers v of the selected layers together: Adam on their least-squares problems.
 
     Several processes take their share of each batch; Lightning averages their gradients, which makes that of the batch.
@@ -224,6 +288,9 @@ class ReaderDescent(pl.LightningModule):
         learning_rate: of the first step; it falls to 0 along a cosine over ``steps``.
         steps: at most.
         batch_size: of a whole batch, of all processes together; a smaller one counts for less.
+
+    Raises:
+        UserError: naming layer and batch, where an activation or a loss is NaN or infinite.
     """
 
     strict_loading = False
@@ -238,6 +305,14 @@ class ReaderDescent(pl.LightningModule):
         self.learning_rate, self.steps, self.batch_size = learning_rate, steps, batch_size
         self.seen = Seen()
 
+    def calibrate(self, images: Tensor, positions: Tensor) -> None:
+        """Shows each reader the first call of its layer, on images (B, ...) at ``positions`` (B,) of the split."""
+        watched = {name: _Calibration(reader) for name, reader in zip(self.names, self.readers, strict=True)}  # type: ignore[arg-type]
+        if layer := first_not_finite(self._model[0], fast_layout(images)):
+            raise not_finite(layer, positions)
+        with torch.no_grad(), collecting(self._model[0], watched):
+            self._model[0](fast_layout(images))
+
     def on_fit_start(self) -> None:
         self._model[0].to(self.device)
 
@@ -247,14 +322,34 @@ class ReaderDescent(pl.LightningModule):
         if batch.images is None:
             # The other processes wait for gradients of every parameter.
             return sum(parameter.sum() for parameter in self.parameters()) * 0.0  # type: ignore[return-value]
+        images, count, terms = batch.images, len(batch.images), 0
+
+        def loss(part: slice) -> Tensor:
+            nonlocal terms
+            losses = self._losses(fast_layout(images[part]), batch.positions[part])
+            terms = len(losses)
+            return losses.sum() * (len(images[part]) / count)
+
+        total = self.descend(count, loss)
+        self.log("loss", total.detach() / terms, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
+        # Without the weight, the images of a last, smaller batch would count for more than the others.
+        return total * (self.trainer.world_size * count / self.batch_size)
+
+    def _losses(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Every neuron's, of every call of its layer, in a row."""
         watched = {name: _Objective(reader) for name, reader in zip(self.names, self.readers, strict=True)}  # type: ignore[arg-type]
         with torch.no_grad(), collecting(self._model[0], watched):
-            self._model[0](fast_layout(batch.images))
+            self._model[0](images)
         losses = torch.cat([loss for objective in watched.values() for loss in objective.losses])
-        count = len(batch.images)
-        self.log("loss", losses.detach().mean(), on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
-        # Without the weight, the images of a last, smaller batch would count for more than the others.
-        return losses.sum() * (self.trainer.world_size * count / self.batch_size)
+        if not losses.isfinite().all():
+            layer = first_not_finite(self._model[0], images)
+            if layer is not None:
+                raise not_finite(layer, positions)
+            raise UserError(
+                f"probe.learning_rate={self.learning_rate}: the loss of v is NaN or infinite in step "
+                f"{self.global_step}: give a smaller one, or mend the weights (model.weights)"
+            )
+        return losses
 
     # Lightning's own max_steps repeats a batch when training is taken up again.
     def on_train_start(self) -> None:
@@ -277,6 +372,18 @@ class ReaderDescent(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class _Calibration:
+    """Shows a reader the first call of its layer."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader, self.done = reader, False
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        if not self.done:
+            self.reader.calibrate(x, y)
+        self.done = True
+
+
 class _Objective:
     """Keeps a layer's loss, with its graph, as the layer runs: later its tensors may be overwritten in place."""
 
@@ -290,7 +397,11 @@ class _Objective:
 
 
 class ReadingStream(WatchingStream):
-    """Correlates what the readers of each layer read with their target."""
+    """Correlates what the readers of each layer read with their target.
+
+    Raises:
+        UserError: naming layer and batch, where an activation is NaN or infinite.
+    """
 
     def __init__(self, model: nn.Module, readers: Mapping[str, Reader]) -> None:
         super().__init__(model)
@@ -303,16 +414,24 @@ class ReadingStream(WatchingStream):
             for name, reader in zip(self.names, self.readers, strict=True)
         }
 
+    def predict_step(self, batch: Batch, batch_index: int) -> None:
+        super().predict_step(batch, batch_index)
+        finite = torch.stack([correlation.sums.isfinite().all() for correlation in self.watchers.values()])
+        if not finite.all():
+            raise not_finite(self.names[finite.tolist().index(False)], batch.positions)
+
 
 class AccuracyStream(Stream):
     """Counts right answers: ``right`` (2,), of the first answer and of the first five."""
+
+    remedy = "take smaller images"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.right = torch.zeros(2, dtype=torch.int64)
 
     def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
-        logits = self.model(images)
+        logits = answers(self.model, images, positions)
         best = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
         self.right += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
 
@@ -336,7 +455,12 @@ class RowStream(Stream):
     Args:
         model: the network.
         images: of the split.
+
+    Raises:
+        UserError: naming the images, where a row is NaN or infinite.
     """
+
+    remedy = "choose another method, or a smaller method.batch_size where it has one"
 
     def __init__(self, model: nn.Module, images: int) -> None:
         super().__init__(model)
@@ -348,6 +472,11 @@ class RowStream(Stream):
         where = positions.cpu()
         for name, row in rows.items():
             row = row.detach().cpu()
+            if not row.isfinite().all():
+                raise UserError(
+                    f"{name}: NaN or Inf for images {int(where.min())} to {int(where.max())} of the split: choose "
+                    "another method, or mend the weights (model.weights)"
+                )
             self.rows.setdefault(name, row.new_zeros(len(self.known), *row.shape[1:]))[where] = row
         self.known[where] = True
 
@@ -368,7 +497,7 @@ class ExplanationStream(RowStream):
         self.methods = methods
 
     def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
-        confidence, predicted = self.model(images).softmax(1).max(1)
+        confidence, predicted = answers(self.model, images, positions).softmax(1).max(1)
         found = {f"explanation/{title}": m.attribute(images, predicted) for title, m in self.methods.items()}
         rows = {"images": images, "targets": targets, "predicted": predicted, "confidence": confidence}
         self.keep(positions, rows | found)
@@ -406,7 +535,7 @@ class DegradationStream(RowStream):
         self.order, self.how, self.value = order, how, value
 
     def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
-        predicted = self.model(images).argmax(1)
+        predicted = answers(self.model, images, positions).argmax(1)
         ranks = {"random_order": self.random_order[positions.cpu()].to(images.device)}
         for name, method in self.methods.items():
             ranks[name] = rank_patches(method.attribute(images, predicted), self.patch, self.order)
@@ -418,12 +547,19 @@ class DegradationStream(RowStream):
         self.keep(positions, curves)
 
 
-class Learner(pl.LightningModule):
+class Learner(Descending):
     """Trains a model on class labels (cross-entropy) or real targets (squared error).
 
     What is drawn in an epoch, by dropout, is a function of ``seed`` and the epoch, so that training that is taken up
     again goes on as it would have.
+
+    Raises:
+        UserError: where the loss is NaN or infinite; where memory is too small for a batch and the model has batch
+            norm, which would take other statistics from its parts.
     """
+
+    setting = "model.training.batch_size"
+    remedy = "choose a smaller model"
 
     def __init__(self, model: nn.Module, training: Training, regression: bool, steps: int, seed: int) -> None:
         super().__init__()
@@ -435,10 +571,34 @@ class Learner(pl.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor | None:
         if batch.images is None:
             return None
-        outputs = self.model(batch.images)
-        if self.regression:
-            return F.mse_loss(outputs.squeeze(1), batch.targets)
-        return F.cross_entropy(outputs, batch.targets)
+        images, targets = batch.images, batch.targets
+
+        def loss(part: slice) -> Tensor:
+            outputs = self.model(images[part])
+            values = (
+                F.mse_loss(outputs.squeeze(1), targets[part])
+                if self.regression
+                else F.cross_entropy(outputs, targets[part])
+            )
+            return values * (len(images[part]) / len(images))
+
+        total = self.descend(len(images), loss)
+        if not total.isfinite():
+            raise UserError(
+                f"model.training.learning_rate={self.settings.learning_rate}: the loss is NaN or infinite in epoch "
+                f"{self.current_epoch}: give a smaller one, or mend the images"
+            )
+        return total
+
+    def halve(self, images: int) -> None:
+        norms = [name for name, module in self.model.named_modules() if isinstance(module, _BatchNorm)]
+        if norms:
+            raise UserError(
+                f"{self.setting}={self.settings.batch_size}: out of memory with {images} images at once, and batch "
+                f"norm ({norms[0]}) would take other statistics from parts of a batch: give a smaller one, or use a "
+                "device with more memory (trainer=cpu)"
+            )
+        super().halve(images)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.settings.learning_rate)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,12 +31,28 @@ from pattern_bench.core.layers import (
     patches,
     patches_at,
 )
+from pattern_bench.core.memory import fits
 from pattern_bench.core.moments import MEMORY, Moments
 
 LARGE_MEAN = 10.0
 """A layer whose input has a channel with a mean above so many deviations is summed about that mean."""
 LEAST_POSITIONS = 256
 """Sampling leaves at least so many output positions of an image."""
+
+
+@dataclass
+class _Work:
+    """Images on their way into the sums: a layer's input and output, the positions drawn from each image (0: all), and
+    how many of the sums have them already."""
+
+    x: Tensor
+    y: Tensor
+    drawn: Tensor | int
+    done: int = 0
+
+    def images(self, part: slice) -> _Work:
+        drawn = self.drawn if isinstance(self.drawn, int) else self.drawn[part]
+        return _Work(self.x[part], self.y[part], drawn, self.done)
 
 
 class Collector:
@@ -80,12 +98,18 @@ class Collector:
         self.lags: Autocorrelation | None = None
         self.shift: tuple[Tensor, Tensor] | None = None
         self.seen = False
+        self.unfinished: list[_Work] = []
         self.finite = torch.ones((), dtype=torch.bool, device=like.device)
         """Whether every input and output was, so far."""
 
     @torch.no_grad()
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Adds a batch: ``x`` the layer's input, ``y`` its output with bias, before any nonlinearity."""
+        """Adds a batch: ``x`` the layer's input, ``y`` its output with bias, before any nonlinearity.
+
+        Raises:
+            torch.OutOfMemoryError: where the memory that is left is too small for a single image; :meth:`finish` goes
+                on from there, once there is more.
+        """
         if not self.geometry.kernel:
             x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         if not self.seen:
@@ -98,7 +122,32 @@ class Collector:
             values += (drawn or y[0, 0].numel()) * self.x.numel()
         images = max(1, self.memory // (values * x.element_size()))
         for part, output in zip(x.split(images), y.split(images), strict=True):
-            self._add(part, output, drawn and draw_positions(len(part), y[0, 0].numel(), drawn, self.generator))
+            where = drawn and draw_positions(len(part), y[0, 0].numel(), drawn, self.generator)
+            self.unfinished.append(_Work(part, output, where))
+        self.finish()
+
+    @torch.no_grad()
+    def finish(self) -> bool:
+        """Adds what an ``add`` found no memory for; whether there was anything.
+
+        Where the memory is too small for one of the sums, it and those after it are taken over half of the images at a
+        time.
+
+        Raises:
+            torch.OutOfMemoryError: as :meth:`add`.
+        """
+        there = bool(self.unfinished)
+        while self.unfinished:
+            work = self.unfinished[0]
+            if fits(partial(self._add, work)):
+                del self.unfinished[0]
+                continue
+            self.scratch.memory.clear()
+            if len(work.x) == 1:
+                raise torch.OutOfMemoryError("the memory is too small for what a single image adds to a layer's sums")
+            half = len(work.x) // 2
+            self.unfinished[:1] = [work.images(slice(half)), work.images(slice(half, None))]
+        return there
 
     def _drawn(self, y: Tensor) -> int:
         """Output positions to draw from each image; 0 where all are taken."""
@@ -106,26 +155,13 @@ class Collector:
         count = max(LEAST_POSITIONS, round(self.positions * there))
         return count if self.positions < 1 and count < there else 0
 
-    def _add(self, x: Tensor, y: Tensor, drawn: Tensor | int, first: int = 0) -> None:
-        """Adds images, or what comes from the sum number ``first`` on: where the memory is too small for one of the
-        sums, it and those after it are taken over half of the images at a time."""
-        done = first
-        try:
-            for part in itertools.islice(self._sums(x, y, drawn), first, None):
-                part()
-                done += 1
-            return
-        except torch.OutOfMemoryError:
-            if len(x) == 1:
-                raise
-        # Out here the failed attempt's tensors are no longer held by its traceback.
-        self.scratch.memory.clear()
-        half = len(x) // 2
-        for here in (slice(half), slice(half, None)):
-            self._add(x[here], y[here], drawn if isinstance(drawn, int) else drawn[here], done)
+    def _add(self, work: _Work) -> None:
+        for part in itertools.islice(self._sums(work.x, work.y, work.drawn), work.done, None):
+            part()
+            work.done += 1
 
     def _sums(self, x: Tensor, y: Tensor, drawn: Tensor | int) -> Iterator[Callable[[], None]]:
-        """What a batch adds to each sum, one after the other; nothing is added before the last allocation."""
+        """What a batch adds to each sum, one after the other; each adds all of it, or runs out of memory before."""
         if not self.geometry.pads:
             x = pad(x, geometry_of(self.layer))
         gate = torch.gt(y, 0, out=self.scratch.like("gate", y))
@@ -138,7 +174,7 @@ class Collector:
                 y, gate, lambda: patch_sum(x, self.geometry), lambda maps: cross_sum(x, maps, self.geometry)
             )
             if self.wants_gram:
-                yield lambda: self._add_gram_of(x)
+                yield from self._gram_sums(x)
             return
         there, positions = y[0, 0].numel(), drawn.to(x.device)
         scale = there / positions.shape[1]
@@ -152,7 +188,7 @@ class Collector:
 
         yield from self._map_sums(y, gate, lambda: scale * p.sum(1, dtype=torch.float64), product, scale)
         if self.wants_gram:
-            yield lambda: self._add_gram(p, scale)
+            yield from self._product_sums(p, scale)
 
     def _map_sums(
         self,
@@ -168,9 +204,10 @@ class Collector:
             x = patch()
             self.finite &= torch.isfinite(x).all()
             fired = gate.flatten(2).sum(2).sum(0, dtype=torch.float64) if y.ndim > 2 else gate.sum(0)
+            fired = scale * fired
             self.n += scale * (y.numel() // y.shape[1])
             self.x += x
-            self.g += scale * fired
+            self.g += fired
 
         yield plain
         yield lambda: self._accumulate(self.xg, cross(gate))
@@ -186,27 +223,29 @@ class Collector:
             every = self.x_all
             yield lambda: self._accumulate(every, cross(y))
 
-    def _add_gram_of(self, x: Tensor) -> None:
+    def _gram_sums(self, x: Tensor) -> Iterator[Callable[[], None]]:
         if applies(self.geometry, x.shape[1], tuple(x.shape[2:])):
             if self.lags is None:
                 self.lags = Autocorrelation(self.geometry, x.shape[1], self.x, self.scratch)
-            self.lags.add(x)
+            yield partial(self.lags.add, x)
         else:
-            self._add_gram(patches(x, self.geometry))
+            yield from self._product_sums(patches(x, self.geometry))
 
     def _accumulate(self, total: Tensor, part: Tensor) -> None:
         total.add_(self.scratch.like("wide", total).view(part.shape).copy_(part).view_as(total))
 
-    def _add_gram(self, p: Tensor, scale: float = 1.0) -> None:
-        """Adds Σ x xᵀ over patches (G, samples, D), some of its rows at a time: for D = 25,088 it has 5 GB."""
+    def _product_sums(self, p: Tensor, scale: float = 1.0) -> Iterator[Callable[[], None]]:
+        """Σ x xᵀ over patches (G, samples, D), some of its rows at a time: for D = 25,088 it has 5 GB."""
         groups, _, d = p.shape
-        if self.gram is None:
-            self.gram = self.x.new_zeros(groups, d, d)
+        gram = self.gram = self.x.new_zeros(groups, d, d) if self.gram is None else self.gram
+
+        def rows(part: slice) -> None:
+            product = self.scratch.like("product", p, (groups, len(range(d)[part]), d))
+            gram[:, part].add_(torch.matmul(p[:, :, part].mT, p, out=product), alpha=scale)
+
         step = max(1, self.memory // (12 * groups * d))
         for start in range(0, d, step):
-            rows = slice(start, start + step)
-            product = self.scratch.like("product", p, (groups, len(range(d)[rows]), d))
-            self.gram[:, rows].add_(torch.matmul(p[:, :, rows].mT, p, out=product), alpha=scale)
+            yield partial(rows, slice(start, start + step))
 
     def _whole_gram(self) -> Tensor | None:
         if not self.wants_gram:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pattern_bench.core.estimators import Pattern
+from pattern_bench.core.memory import is_out_of_memory
 from pattern_bench.errors import UserError
 
 
@@ -92,9 +93,11 @@ class Method:
         """The network's outputs, (B, K)."""
         try:
             logits = self.model(x.clone())  # whose first operation may be in place
-        except (UserError, torch.OutOfMemoryError):
+        except UserError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
             why = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"{self.name}: {type(self.model).__name__} cannot take inputs of shape {tuple(x.shape)} ({why}): give "

@@ -1,0 +1,682 @@
+"""Faults during a run: the memory, numbers, disks, files and clocks fail, and what the results are then."""
+
+import json
+import pkgutil
+import shutil
+import types
+
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import brute_neuron
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from pattern_bench import criterion, fitting, halving
+from pattern_bench.core.collector import Collector
+from pattern_bench.core.estimators import Pattern
+from pattern_bench.core.memory import fits
+from pattern_bench.core.reading import Reader
+from pattern_bench.data.source import TensorPool
+from pattern_bench.data.splits import Batch
+from pattern_bench.errors import UserError
+from pattern_bench.job import run
+from pattern_bench.models.source import Training
+from pattern_bench.streams import (
+    AccuracyStream,
+    DegradationStream,
+    ExplanationStream,
+    Learner,
+    MomentStream,
+    ReaderDescent,
+    ReadingStream,
+)
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+# --- memory ---
+
+
+class Tight(nn.Module):
+    """Passes its input on, where the memory is large enough for so many images: for ``room`` of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.room = 1000
+
+    def forward(self, x):
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return x
+
+
+class Net(nn.Module):
+    """A layer, a place where the memory may be too small, and a layer that runs on both sides of it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        self.twice = nn.Conv2d(4, 4, 3, stride=1, padding=1)
+        self.tight = Tight()
+        self.last = nn.Linear(4 * 6 * 6, 5)
+        self.inside = 0
+        self.double().requires_grad_(False).eval()
+
+    def forward(self, x):
+        self.inside = len(x)  # images whose activations take memory
+        try:
+            x = self.twice(self.first(x).relu_()).relu_()
+            x = self.twice(self.tight(x)).relu_()
+            return self.last(x.flatten(1))
+        finally:
+            self.inside = 0
+
+
+LAYERS = ["first", "twice", "last"]
+
+
+@pytest.fixture
+def net():
+    return Net()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(19, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def batches(images, size=8):
+    """As a loader yields them; the last is smaller."""
+    targets = torch.arange(len(images)) % 5
+    for where in torch.arange(len(images)).split(size):
+        yield Batch(images[where], targets[where], where, [])
+
+
+def shown(stream, images, size=8):
+    """The stream, after the images."""
+    stream.on_predict_start()
+    with torch.no_grad():
+        for number, batch in enumerate(batches(images, size)):
+            stream.predict_step(batch, number)
+    return stream
+
+
+def moments(net, images, gram=True, positions=1.0, layers=LAYERS):
+    stream = MomentStream(net, list(layers), gram, 2**30, positions, dict.fromkeys(layers, 3))
+    shown(stream, images)
+    assert stream.seen.images == len(images)
+    return {f"{name}/{key}": t for name, c in stream.watchers.items() for key, t in c.moments().tensors().items()}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def says_so(caplog):
+    return [record.args for record in caplog.records if record.name == halving.__name__]
+
+
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("room", [7, 4, 1])
+def test_moments_are_those_of_a_pass_with_memory_enough(net, images, gram, room, caplog):
+    plain = moments(net, images, gram)
+    net.tight.room = room
+    assert_same(moments(net, images, gram), plain)
+    # Once per halving, and no batch after it is tried whole again.
+    assert [tuple(said[:2]) for said in says_so(caplog)] == [(8, 4), (4, 2), (2, 1)][: {7: 1, 4: 1, 1: 3}[room]]
+
+
+def test_moments_without_memory_enough_are_those_of_brute_force(net, images):
+    net.tight.room = 3
+    found = moments(net, images)
+    inputs = {name: [] for name in LAYERS}
+    for name in LAYERS:
+        net.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: inputs[name].append(x[0].clone()))
+    net.tight.room = 1000
+    with torch.no_grad():
+        net(images)
+    for name in LAYERS:
+        layer = net.get_submodule(name)
+        x = torch.cat(inputs[name])
+        for neuron in range(2):
+            patch, u, gate = brute_neuron(layer, x, neuron)
+            expected = {
+                "n": len(patch), "x": patch.sum(0)[None], "g": gate.sum(), "ug": (u * gate).sum(),
+                "uun": (u * u * ~gate).sum(), "xg": gate @ patch, "xug": (u * gate) @ patch,
+                "xun": (u * ~gate) @ patch, "gram": (patch.T @ patch)[None],
+            }  # fmt: skip
+            for key, value in expected.items():
+                mine = found[f"{name}/{key}"]
+                mine = mine if key in ("n", "x", "gram") else mine[neuron]
+                torch.testing.assert_close(mine, torch.as_tensor(value).double(), rtol=1e-11, atol=1e-9)
+
+
+def test_sampled_positions_are_those_of_a_pass_with_memory_enough(net, images, monkeypatch):
+    monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 2)
+    layers = ["first", "last"]  # a layer that runs twice draws in the order of its calls
+    plain = moments(net, images, positions=0.3, layers=layers)
+    assert plain["first/n"] == 19 * 36
+    net.tight.room = 3
+    assert_same(moments(net, images, positions=0.3, layers=layers), plain)
+
+
+PLACES = [
+    "pattern_bench.core.collector.cross_sum",
+    "pattern_bench.core.collector.patch_sum",
+    "pattern_bench.core.collector.patches",
+    "pattern_bench.core.collector.patches_at",
+    "pattern_bench.core.collector.pad",
+    "pattern_bench.core.gram.cross_sum",
+    "pattern_bench.core.layers.Scratch.like",
+    "torch.matmul",
+]
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Makes whatever a collector allocates with run out of memory where ``out(images)`` says so."""
+
+    def install(out, places=PLACES):
+        def wrap(function):
+            def attempt(*arguments, **settings):
+                tensor = next(a for a in arguments if isinstance(a, torch.Tensor))
+                if out(len(tensor)):
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                return function(*arguments, **settings)
+
+            return attempt
+
+        for place in places:
+            monkeypatch.setattr(place, wrap(pkgutil.resolve_name(place)))
+
+    return install
+
+
+class AtCall:
+    """Runs out of memory at one call, counted from 1."""
+
+    calls = at = 0
+
+    def __call__(self, _):
+        self.calls += 1
+        return self.calls == self.at
+
+    def start(self, at):
+        self.calls, self.at = 0, at
+
+
+def sums(layer, x, gram, positions, memory=2**30):
+    """Of two batches, by a collector; one that has no memory left for an image goes on once it has."""
+    collector = Collector(layer, gram, memory, positions, seed=5)
+    for part in x.split(-(-len(x) // 2)):
+        try:
+            collector.add(part, layer(part))
+        except torch.OutOfMemoryError:
+            collector.finish()
+    return collector.moments().tensors()
+
+
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("positions", [1.0, 0.5])
+def test_a_collector_may_run_out_at_every_allocation(layer_and_input, gram, positions, failing, monkeypatch):
+    """In each sum in turn: at the n-th allocation of the pass, for every n."""
+    monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 2)
+    layer, x = layer_and_input
+    plain, out = sums(layer, x, gram, positions), AtCall()
+    failing(out)
+    while out.at <= out.calls:
+        out.start(out.at + 1)
+        assert_same(sums(layer, x, gram, positions), plain)
+    assert out.at > 10
+
+
+@pytest.mark.parametrize("place", PLACES[:6])
+def test_a_collector_halves_until_it_fits(place, failing, monkeypatch):
+    """Where only two images have room, in any one of the sums."""
+    monkeypatch.setattr("pattern_bench.core.gram.SMALL_PATCH", 4)
+    monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 2)
+    layer = nn.Conv2d(4, 3, 3, padding=1).double().requires_grad_(False)
+    strided = nn.Conv2d(4, 3, 3, padding=1, stride=2, padding_mode="circular").double().requires_grad_(False)
+    x = torch.randn(14, 4, 8, 8, dtype=torch.float64) + 0.5
+    cases = [(layer, True, 1.0), (strided, True, 1.0), (layer, False, 0.5)]
+    plain = [sums(*(case[0], x, *case[1:])) for case in cases]
+    met = []
+
+    def out(images):
+        met.append(images)
+        return images > 2
+
+    failing(out, [place])
+    for case, expected in zip(cases, plain, strict=True):
+        assert_same(sums(case[0], x, *case[1:]), expected)
+    assert max(met) == 7
+    assert min(met) <= 2
+
+
+def test_a_gram_matrix_in_rows_may_run_out_between_them(failing):
+    """As of a wide dense layer: what its first rows have, they do not get again."""
+    layer = nn.Linear(40, 2).double().requires_grad_(False)
+    x = torch.randn(16, 40, dtype=torch.float64)
+    plain, out = sums(layer, x, True, 1.0, memory=5000), AtCall()
+    failing(out, ["torch.matmul"])
+    for call in range(1, 20):
+        out.start(call)
+        assert_same(sums(layer, x, True, 1.0, memory=5000), plain)
+    assert out.calls == 16  # 4 times 4 rows in parts of 4 images
+
+
+@pytest.mark.parametrize(("positions", "layers"), [(1.0, LAYERS), (0.5, ["first", "last"])])
+def test_sums_that_fit_only_beside_a_smaller_batch(net, images, failing, positions, layers, monkeypatch, caplog):
+    """What a sum takes whatever the images are: a collector halves down to one of them in vain. It finishes once the
+    batch's activations are gone, and no image counts twice."""
+    monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 2)
+    plain = moments(net, images, positions=positions, layers=layers)
+    failing(lambda _: net.inside > 2, PLACES[:1])
+    assert_same(moments(net, images, positions=positions, layers=layers), plain)
+    assert [tuple(said[:2]) for said in says_so(caplog)] == [(8, 4), (4, 2)]
+
+
+@pytest.mark.parametrize("place", [None, *(place for place in PLACES if not place.endswith(("pad", "patches_at")))])
+def test_a_single_image_that_has_no_room_is_one_error(net, images, failing, place, monkeypatch, caplog):
+    monkeypatch.setattr("pattern_bench.core.gram.SMALL_PATCH", 4)
+    if place is None:
+        net.tight.room = 0
+    else:
+        failing(lambda _: True, [place])
+    with pytest.raises(UserError, match=r"too small for a single image: select fewer layers \(layer\)"):
+        moments(net, images)
+    assert len(says_so(caplog)) <= 3
+
+
+def test_the_computers_own_memory_counts_too():
+    """For torch's real error on a CPU, which has no type of its own; other errors are passed on."""
+    assert not fits(lambda: torch.empty(1 << 58))
+    assert fits(lambda: torch.empty(1))
+    with pytest.raises(RuntimeError, match="shape"):
+        fits(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+
+
+def patterns_of(net):
+    weights = {name: net.get_submodule(name).weight.flatten(1).clone() for name in LAYERS}
+    return {name: Pattern(w, w, torch.zeros(len(w), dtype=torch.bool)) for name, w in weights.items()}
+
+
+def readers_of(net, images, criterion="all"):
+    """Calibrated readers with some v."""
+    readers = {name: Reader(net.get_submodule(name), p, criterion, 1e-3) for name, p in patterns_of(net).items()}
+    module = ReaderDescent(net, readers, 0.01, 10, 8)
+    module.calibrate(images, torch.arange(len(images)))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for reader in readers.values():
+            reader.coordinates.copy_(torch.randn(reader.coordinates.shape, generator=generator))
+    return readers
+
+
+class Gradient:
+    """An explanation; needs autograd, as most do."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def attribute(self, inputs, target):
+        with torch.enable_grad():
+            x = inputs.clone().requires_grad_()
+            return torch.autograd.grad(self.net(x).gather(1, target[:, None]).sum(), x)[0]
+
+
+def stream_of(kind, net, images):
+    if kind == "reading":
+        return ReadingStream(net, readers_of(net, images[:8]))
+    if kind == "accuracy":
+        return AccuracyStream(net)
+    if kind == "explanation":
+        return ExplanationStream(net, len(images), {"gradient": Gradient(net)})
+    order = torch.rand(len(images), 3, 3, generator=torch.Generator().manual_seed(4)).flatten(1).argsort(1)
+    return DegradationStream(net, {"gradient": Gradient(net)}, 2, 9, order.view(-1, 3, 3))
+
+
+STREAMS = ["reading", "accuracy", "explanation", "degradation"]
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+@pytest.mark.parametrize("room", [3, 1])
+def test_every_stream_goes_on_with_what_fits(net, images, kind, room, caplog):
+    plain = shown(stream_of(kind, net, images), images)
+    stream = stream_of(kind, net, images)
+    net.tight.room = room
+    shown(stream, images)
+    assert_same(stream.state(), plain.state())
+    assert [tuple(said) for said in says_so(caplog)] == [
+        (8, 4, "data.batch_size"), (4, 2, "data.batch_size"), (2, 1, "data.batch_size"),
+    ][: 2 if room == 3 else 3]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_every_stream_says_what_helps_a_single_image(net, images, kind):
+    stream = stream_of(kind, net, images)
+    net.tight.room = 0
+    with pytest.raises(UserError, match=r"too small for a single image: .*, or use a device with more"):
+        shown(stream, images)
+
+
+def fitted(module, images):
+    """The module after three epochs."""
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=3, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(list(batches(images)), batch_size=None, collate_fn=lambda batch: batch))
+    return module
+
+
+class Classifier(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.tight = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4) if norm else nn.Identity(), Tight()
+        self.last, self.unused = nn.Linear(64, 5), nn.Linear(2, 2)
+        self.double()
+
+    def forward(self, x):
+        return self.last(self.tight(self.norm(self.first(x)).relu()).flatten(1))
+
+
+@pytest.mark.parametrize("room", [1000, 5, 1])
+def test_the_gradients_of_parts_are_those_of_the_batch(images, room):
+    """Times whatever Lightning multiplies the loss by; a parameter without one gets none."""
+    model, targets = Classifier(False), torch.arange(19) % 5
+    loss = nn.functional.cross_entropy(model(images), targets, reduction="sum")
+    expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    model.tight.room = room
+    learner = Learner(model, Training(1, 0.1, 19), False, 1, 0)
+    total = learner.descend(
+        19, lambda part: nn.functional.cross_entropy(model(images[part]), targets[part], reduction="sum")
+    )
+    assert float(total) == pytest.approx(float(loss))
+    (3 * total).backward()
+    assert model.unused.weight.grad is None
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(parameter.grad, 3 * gradient)
+
+
+def learned(images, room, norm=False):
+    """Weights after epochs in which so many images have room."""
+    model = Classifier(norm)
+    model.tight.room = room
+    return fitted(Learner(model, Training(3, 0.05, 8), False, 9, 0), images).model.state_dict()
+
+
+def test_training_in_parts_learns_what_whole_batches_teach(images, caplog):
+    """The parts' gradients add up."""
+    plain = learned(images, 1000)
+    assert not torch.equal(plain["first.weight"], Classifier(False).first.weight)
+    found = learned(images, 3)
+    assert all(torch.allclose(found[name], tensor, rtol=1e-9, atol=1e-9) for name, tensor in plain.items())
+    setting = "model.training.batch_size"
+    assert [tuple(said) for said in says_so(caplog)] == [(8, 4, setting), (4, 2, setting)]
+
+
+def test_batch_norm_is_not_trained_in_parts(images):
+    learned(images, 8, norm=True)
+    with pytest.raises(
+        UserError, match=r"model.training.batch_size=8: out of memory with 8 images .*batch norm \(norm"
+    ):
+        learned(images, 7, norm=True)
+
+
+def descended(net, images, room):
+    """Readers after epochs in which so many images have room; and the last one's loss."""
+    readers = {name: Reader(net.get_submodule(name), p, "all", 1e-3) for name, p in patterns_of(net).items()}
+    module = ReaderDescent(net, readers, 0.02, 9, 8)
+    module.calibrate(images[:8], torch.arange(8))
+    net.tight.room = room
+    fitted(module, images)
+    return {name: reader.v.detach() for name, reader in readers.items()}, float(module.trainer.callback_metrics["loss"])
+
+
+def test_descent_in_parts_takes_the_steps_of_whole_batches(net, images, caplog):
+    plain, loss = descended(net, images, 1000)
+    found, loss_of_parts = descended(net, images, 3)
+    assert all(v.abs().max() > 1e-3 for v in plain.values())
+    assert loss_of_parts == pytest.approx(loss, rel=1e-6)
+    for name, v in plain.items():
+        torch.testing.assert_close(found[name], v, rtol=1e-8, atol=1e-8)
+    assert [tuple(said[:2]) for said in says_so(caplog)] == [(8, 4), (4, 2)]
+
+
+def test_readers_are_calibrated_on_what_fits(net, images, caplog):
+    """Fewer images change the way to the solution, not the solution."""
+    setup = types.SimpleNamespace(splits={"probe": _Loads(images)}, loader=lambda split, _: split, device="cpu")
+    readers = {"last": Reader(net.last, patterns_of(net)["last"], "all", 1e-3)}
+    module = ReaderDescent(net, readers, 0.02, 9, 8)
+    net.tight.room = 3
+    criterion._calibrate(setup, module)
+    again = Reader(net.last, patterns_of(net)["last"], "all", 1e-3)
+    ReaderDescent(net, {"last": again}, 0.02, 9, 8).calibrate(images[:2], torch.arange(2))
+    assert torch.equal(readers["last"].across_channels, again.across_channels)
+    assert again.across_channels.any()
+    assert module.most == 2
+    assert [tuple(said[:2]) for said in says_so(caplog)] == [(8, 4), (4, 2)]
+
+
+class _Loads(list):
+    def __init__(self, images):
+        super().__init__(batches(images))
+
+    def share(self, _):
+        return None
+
+
+def test_rho_is_computed_on_the_cpu_where_the_device_has_no_room(monkeypatch, caplog):
+    def compute(device, *_):
+        if device != torch.device("cpu"):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.ones(3), 1e-4
+
+    monkeypatch.setattr(criterion, "_layer_rho_on", compute)
+    setup = types.SimpleNamespace(device=torch.device("meta"))
+    moments = types.SimpleNamespace(x=torch.zeros(1, 25088))
+    assert criterion._layer_rho(setup, "fc6", None, moments, moments) == (pytest.approx(torch.ones(3)), 1e-4)
+    assert "out of memory with ρ of layer fc6 on meta" in caplog.text
+    monkeypatch.setattr(criterion, "_layer_rho_on", lambda *_: torch.empty(1 << 58))
+    with pytest.raises(UserError, match=r"ρ of layer fc6, whose Gram matrix has 25088 columns: leave it out \(layer\)"):
+        criterion._layer_rho(setup, "fc6", None, moments, moments)
+
+
+SMALL = [
+    "data.limit=200", "data.batch_size=16", "data.workers=0", "model.training.epochs=2", "degradation.images=6",
+    "explanation.images=2", "estimator=w", "probe.regularisation=0.01",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(configure, tmp_path_factory):
+    """A complete run without faults, and its cache."""
+    folder, cache = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("cache")
+    run(configure(*SMALL, f"cache.dir={cache}"), folder)
+    return folder, cache
+
+
+@pytest.fixture
+def own_cache(trained, tmp_path):
+    """A cache with the trained model, and nothing else."""
+    shutil.copytree(trained[1] / "models", tmp_path / "cache" / "models")
+    return f"cache.dir={tmp_path / 'cache'}"
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def tables_of(folder):
+    return pd.read_csv(folder / "rho.csv"), pd.read_csv(folder / "degradation.csv")
+
+
+def test_a_job_without_memory_enough_is_complete_and_equal(trained, run_job, own_cache, tmp_path, monkeypatch, caplog):
+    """Training too; what it takes from there starts from the same weights."""
+    pool = nn.MaxPool2d.forward
+
+    def forward(self, x):
+        if len(x) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return pool(self, x)
+
+    monkeypatch.setattr(nn.MaxPool2d, "forward", forward)
+    folder = run_job(*SMALL, own_cache)
+    for mine, plain in zip(tables_of(folder), tables_of(trained[0]), strict=True):
+        pd.testing.assert_frame_equal(mine, plain, rtol=1e-6, atol=1e-6)
+    assert json.loads((folder / "accuracy.json").read_text()) == json.loads((trained[0] / "accuracy.json").read_text())
+    # Each pass begins with the batch that was asked for: accuracy, three of moments, degradation.
+    assert [said[0] for said in says_so(caplog)] == [16, 8] * 4 + [6]
+    caplog.clear()
+    folder = run_job(*SMALL, f"cache.dir={tmp_path / 'other'}", "probe=sgd", "probe.steps=20", "layer=features.*")
+    assert summary_of(folder)["accuracy"] == pytest.approx(summary_of(trained[0])["accuracy"], abs=0.1)
+    assert tables_of(folder)[0].rho.notna().any()
+    training = [said for said in says_so(caplog) if said[2] == "model.training.batch_size"]
+    assert [tuple(said[:2]) for said in training] == [(64, 32), (32, 16), (16, 8), (8, 4)]
+
+
+# --- numbers ---
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_no_numbers_are_refused_before_anything(run_job, trained, tmp_path, value, monkeypatch):
+    (file,) = (trained[1] / "models").glob("*.safetensors")
+    weights = load_file(file)
+    weights["features.5.weight"][3, 2, 1, :2] = float(value)
+    save_file(weights, tmp_path / "weights.safetensors")
+    monkeypatch.setattr("pattern_bench.job._stages", None)
+    expected = r"layer features.5 has NaN or Inf in 2 of 4608 values of its weight: give other weights"
+    with pytest.raises(UserError, match=expected):
+        run_job(*SMALL, f"model.weights={tmp_path / 'weights.safetensors'}")
+
+
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("positions", [1.0, 0.1])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_an_image_that_is_no_number_is_named_by_its_batch(net, images, gram, positions, value, monkeypatch):
+    """A single pixel of the last image; sampling may leave out all that it reaches."""
+    monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 2)
+    images[18, 1, 2, 3] = float(value)
+    message = r"layer first: NaN or Inf in its input or output, for the batch of images 16 to 18 of the split"
+    with pytest.raises(UserError, match=message):
+        moments(net, images, gram, positions)
+    layers = ["twice", "last"]
+    with pytest.raises(UserError, match="layer twice: NaN or Inf"):
+        moments(net, images, gram, positions, layers)
+
+
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("positions", [1.0, 0.1])
+@pytest.mark.parametrize("where", ["first", "twice", "last", "closed"])
+def test_an_activation_that_overflows_is_named_by_its_layer(net, images, gram, positions, where, monkeypatch):
+    """``closed``: to -Inf, of which the ReLU behind leaves no trace."""
+    monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 2)
+    layer = "twice" if where == "closed" else where
+    net.get_submodule(layer).bias[1] = -1e308 if where == "closed" else 1e308
+    net.get_submodule(layer).weight[1] = -1e308 if where == "closed" else 1e308
+    net.first.bias.fill_(5.0)
+    with pytest.raises(UserError, match=rf"layer {layer}: NaN or Inf .* images 0 to 7 of the split"):
+        moments(net, images, gram, positions)
+    if where == "closed":
+        with torch.no_grad():
+            assert net(images).isfinite().all()
+
+
+@pytest.mark.parametrize("criterion_name", ["all", "rectified", "positive"])
+@pytest.mark.parametrize("where", ["image", "overflow", "closed"])
+def test_readers_neither_learn_from_nor_are_scored_on_what_is_no_number(net, images, criterion_name, where):
+    readers = readers_of(net, images[:8], criterion_name)
+    module = ReaderDescent(net, readers, 0.02, 9, 8)
+    if where == "image":
+        images[17, 0, 0, 0] = torch.nan
+    else:  # in the third batch alone
+        net.last.weight[1] = -1e308 if where == "closed" else 1e308
+        images[:16], images[16:] = 0, images[16:] * 1e3
+        net.first.bias.zero_()
+        net.twice.bias.zero_()
+    message = rf"layer {'first' if where == 'image' else 'last'}: NaN or Inf .* images 16 to 18 of the split"
+    with pytest.raises(UserError, match=message):
+        shown(ReadingStream(net, readers), images)
+    with pytest.raises(UserError, match=message):
+        fitted(module, images)
+    with pytest.raises(UserError, match=message):
+        module.calibrate(images[16:], torch.arange(16, 19))
+
+
+def test_a_descent_that_diverges_names_its_learning_rate(net, images):
+    readers = readers_of(net, images[:8])
+    with pytest.raises(UserError, match=r"probe.learning_rate=1e\+200: the loss of v is NaN or infinite in step 1"):
+        fitted(ReaderDescent(net, readers, 1e200, 9, 8), images)
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "explanation", "degradation"])
+def test_answers_that_are_no_numbers_are_neither_counted_nor_explained(net, images, kind):
+    """Under estimator=x nothing else looks at the activations."""
+    stream = stream_of(kind, net, images)
+    images[17, 0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"layer first: NaN or Inf .* images 16 to 18 of the split"):
+        shown(stream, images)
+    assert stream.seen.images == 16
+
+
+def test_an_explanation_that_is_no_number_is_refused(net, images):
+    method = types.SimpleNamespace(attribute=lambda inputs, target: inputs / 0)
+    with pytest.raises(UserError, match=r"explanation/mine: NaN or Inf for images 0 to 7 of the split: choose another"):
+        shown(ExplanationStream(net, len(images), {"mine": method}), images)
+
+
+def test_training_that_diverges_names_its_learning_rate(images):
+    model = Classifier(False)
+    images[9] = torch.inf
+    with pytest.raises(UserError, match=r"model.training.learning_rate=0.1: the loss is NaN or infinite in epoch 0"):
+        fitted(Learner(model, Training(3, 0.1, 8), False, 9, 0), images)
+
+
+@pytest.mark.parametrize("probe", ["closed_form", "sgd"])
+def test_what_was_finished_before_an_image_that_is_no_number_is_kept(
+    trained, configure, own_cache, tmp_path, probe, monkeypatch
+):
+    """An image of the probe split: patterns are there and the fit moments in the cache, for the run with it mended."""
+    splits = pd.read_csv(trained[0] / "splits.csv")
+    broken = int(splits[splits.split == "probe"]["index"].iloc[37])
+    (weights,) = (tmp_path / "cache" / "models").glob("*.safetensors")
+    job = [*SMALL, own_cache, f"model.weights={weights}", f"probe={probe}"]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    image = TensorPool.image
+
+    def damaged(self, index):
+        return image(self, index) * torch.nan if index == broken else image(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorPool, "image", damaged)
+        message = r"layer features.0: NaN or Inf in its input or output, for the batch of images .* of the split: mend"
+        with pytest.raises(UserError, match=message):
+            run(configure(*job), folder)
+    assert not (folder / "summary.json").exists()
+    assert load_file(folder / "patterns.safetensors")["features.0/positive"].isfinite().all()
+    assert json.loads((folder / "accuracy.json").read_text())["images"] == 40
+    passes = []
+    collect = fitting.stream_over
+    monkeypatch.setattr(
+        fitting,
+        "stream_over",
+        lambda setup, stream, split, *rest, **more: (
+            passes.append(split.fingerprint),
+            collect(setup, stream, split, *rest, **more),
+        ),
+    )
+    run(configure(*job), folder)
+    assert len(passes) == (2 if probe == "closed_form" else 0)
+    if probe == "closed_form":
+        for mine, plain in zip(tables_of(folder), tables_of(trained[0]), strict=True):
+            pd.testing.assert_frame_equal(mine, plain)
