@@ -277,15 +277,16 @@ def test_runs_killed_at_random_moments_equal_an_undisturbed_one(tmp_path, runs, 
         [*python, f"hydra.run.dir={undisturbed}"], env=environment("c"), cwd=tmp_path, check=True, capture_output=True
     )
     longest = time.monotonic() - start
-    kills = 0
     for number in range(runs):
-        folder = tmp_path / f"run{number}"
-        kills += kill_and_resume(
-            [*python, f"hydra.run.dir={folder}"], environment(f"c{number}"), folder, 3, draw, longest
-        )
+        kills, attempt = 0, 0
+        while not kills:  # a run may be through before the signal comes: then another takes its place
+            attempt += 1
+            name = f"run{number}-{attempt}"
+            folder = tmp_path / name
+            kills = kill_and_resume([*python, f"hydra.run.dir={folder}"], environment(name), folder, 3, draw, longest)
+            longest = longest if kills else 0.8 * longest
         assert same(undisturbed, folder) == []
         assert not [path for path in folder.iterdir() if path.name.startswith(".") and path.name != ".hydra"]
-    assert kills >= runs
 
 
 def test_resume_takes_up_the_settings_of_the_folder(command, tmp_path, cache_dir):
