@@ -1,10 +1,12 @@
 """Faults during a run: the memory, numbers, disks, files and clocks fail, and what the results are then."""
 
+import itertools
 import json
 import os
 import pkgutil
 import shutil
 import subprocess
+import time
 import types
 
 import pandas as pd
@@ -17,12 +19,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pattern_bench import criterion, fitting, halving
+from pattern_bench.config import build
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.memory import fits
 from pattern_bench.core.reading import Reader
 from pattern_bench.data.source import TensorPool
-from pattern_bench.data.splits import Batch
+from pattern_bench.data.splits import Batch, make_splits
 from pattern_bench.errors import UserError
 from pattern_bench.job import run
 from pattern_bench.models.source import Training
@@ -754,3 +757,92 @@ def test_unfinished_state_on_a_full_disk_is_said_once(trained, configure, small_
     assert "accuracy-0-of-1.safetensors cannot be written" in caplog.text
     assert summary_of(folder)["accuracy"] == summary_of(trained[0])["accuracy"]
     assert (folder / "degradation.csv").read_bytes() == (trained[0] / "degradation.csv").read_bytes()
+
+
+# --- files and clocks ---
+
+
+@pytest.fixture
+def folder_job(photographs, configure, run_job, tmp_path):
+    """A job on 40 photographs, and their names by split."""
+    root = photographs(tmp_path / "photographs", count=40)
+    job = [
+        "data=folder", f"data.root={root}", "data.size=16", "model=small_vgg", "model.width=2", "data.batch_size=8",
+        "model.training.epochs=1", "model.training.batch_size=8", "estimator=a", "explanation.images=3",
+        "degradation.images=null", f"cache.dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    setup = make_splits(build(configure(*job).data), 0)
+    names = {name: [split.name(position) for position in range(len(split))] for name, split in setup.items()}
+    return job, root, names
+
+
+def before(monkeypatch, place, act, wanted=lambda *_: True):
+    """Lets ``act`` happen before the first call of ``place`` whose arguments are ``wanted``."""
+    function, done = pkgutil.resolve_name(place), []
+
+    def first(*arguments, **settings):
+        if not done and wanted(*arguments):
+            done.append(act())
+        return function(*arguments, **settings)
+
+    monkeypatch.setattr(place, first)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_files_that_vanish_or_are_spoilt_during_a_run_are_left_out_and_named(
+    folder_job, run_job, monkeypatch, workers, capsys
+):
+    job, root, names = folder_job
+    gone = [names["fit"][0], names["fit"][5], names["probe"][-1]]
+    spoilt = [names["probe"][2], names["validation"][1]]
+    later = names["validation"][2:5]
+
+    def spoil():
+        for name in gone:
+            (root / name).unlink()
+        for name in spoilt:
+            (root / name).write_bytes(b"\xff\xd8\xff no JPEG after all")
+
+    before(monkeypatch, "pattern_bench.job._stages", spoil)
+    before(
+        monkeypatch, "pattern_bench.fitting.collect", lambda: [(root / name).unlink() for name in later],
+        lambda setup, split, *_: split == "validation",
+    )  # fmt: skip
+    folder = run_job(*job, f"data.workers={workers}")
+    expected = sorted(gone + spoilt + later)
+    assert summary_of(folder)["unreadable"] == expected
+    splits = pd.read_csv(folder / "splits.csv")
+    assert sorted(splits.name[~splits.used]) == expected
+    rho, degradation = tables_of(folder)
+    assert rho.rho.isna().equals(rho.dead)
+    assert set(degradation.n) == {8 - 4}
+    said = capsys.readouterr().err
+    assert "2 images cannot be read and are left out" in said
+    assert "4 images cannot be read and are left out" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("probe", "place", "expected"),
+    [
+        ("closed_form", "pattern_bench.preparation._sample", "none of the 16 images of the fit split can be read"),
+        ("closed_form", "pattern_bench.fitting.collect", "only 0 of the 16 images of the fit split can be read"),
+        ("sgd", "pattern_bench.criterion.descent", "none of the 16 images of the probe split can be read: mend"),
+    ],
+)
+def test_files_that_all_vanish_are_one_error(folder_job, run_job, monkeypatch, probe, place, expected):
+    job, root, _ = folder_job
+    before(monkeypatch, place, lambda: shutil.rmtree(root))
+    with pytest.raises(UserError, match=expected):
+        run_job(*job, f"probe={probe}", "data.workers=0")
+
+
+def test_a_clock_that_jumps_changes_nothing(trained, run_job, own_cache, monkeypatch):
+    """By a year, either way, at every look at it."""
+    start, jumps = time.time(), itertools.cycle([0, 3e7, -3e7, 5.0, -1e9])
+    monkeypatch.setattr(time, "time", lambda: start + next(jumps))
+    monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * (start + next(jumps))))
+    folder = run_job(*SMALL, own_cache, "checkpoint.seconds=0.01", "logger=csv")
+    for name in ("rho.csv", "degradation.csv", "accuracy.json", "splits.csv"):
+        assert (folder / name).read_bytes() == (trained[0] / name).read_bytes()
+    assert all(0 <= seconds < 600 for seconds in summary_of(folder)["seconds"].values())
