@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import safetensors
 from torch import Tensor
@@ -29,6 +30,9 @@ class Partial:
         key: of everything that the state depends on; a state with another key is not taken up.
         seconds: between two states, unless they would take more than ``SHARE`` of the time; 0 keeps every one.
     """
+
+    full: ClassVar[set[Path]] = set()
+    """Folders of which it was said that they cannot be written."""
 
     def __init__(self, folder: Path, stage: str, key: str, seconds: float) -> None:
         self.path = folder / "partial" / f"{stage}-{ranks.rank()}-of-{ranks.size()}.safetensors"
@@ -60,13 +64,16 @@ class Partial:
         self.save(tensors, images)
 
     def save(self, state: Mapping[str, Tensor], images: int) -> None:
-        """Keeps the state after so many images. A disk that is full costs the state, not the job."""
+        """Keeps the state after so many images. A disk that is full costs the state, not the job, and is said once."""
         start = time.monotonic()
         try:
             self.path.parent.mkdir(exist_ok=True)
             write_tensors(self.path, state, {"key": self.key, "images": str(images)})
         except OSError as error:
-            log.warning("%s cannot be written (%s): a run that is taken up begins this stage again", self.path, error)
+            if self.path.parent not in self.full:
+                why = error.strerror or error
+                log.warning("%s cannot be written (%s): going on without it", self.path, why)
+            self.full.add(self.path.parent)
             self.seconds = float("inf")
         self.last = time.monotonic()
         self.cost = self.last - start

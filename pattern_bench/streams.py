@@ -33,7 +33,7 @@ class Seen:
 
     def add(self, batch: Batch) -> None:
         self.images += 0 if batch.images is None else len(batch.images)
-        self.unreadable += batch.unreadable
+        self.unreadable += map(int, batch.unreadable)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"seen/images": torch.tensor(self.images), "seen/unreadable": torch.tensor(self.unreadable).long()}

@@ -1,8 +1,12 @@
 """Faults during a run: the memory, numbers, disks, files and clocks fail, and what the results are then."""
 
+import itertools
 import json
+import os
 import pkgutil
 import shutil
+import subprocess
+import time
 import types
 
 import pandas as pd
@@ -15,12 +19,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pattern_bench import criterion, fitting, halving
+from pattern_bench.config import build
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.memory import fits
 from pattern_bench.core.reading import Reader
 from pattern_bench.data.source import TensorPool
-from pattern_bench.data.splits import Batch
+from pattern_bench.data.splits import Batch, make_splits
 from pattern_bench.errors import UserError
 from pattern_bench.job import run
 from pattern_bench.models.source import Training
@@ -680,3 +685,164 @@ def test_what_was_finished_before_an_image_that_is_no_number_is_kept(
     if probe == "closed_form":
         for mine, plain in zip(tables_of(folder), tables_of(trained[0]), strict=True):
             pd.testing.assert_frame_equal(mine, plain)
+
+
+# --- disks ---
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MiB, filled but for so many KiB."""
+    mounted = []
+
+    def full(folder, free):
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"cannot mount a disk of its own: {done.stderr.strip()}")
+        mounted.append(folder)
+        (folder / "filling").write_bytes(bytes((1024 - free) * 1024))
+        return folder
+
+    if shutil.which("mount") is None or not hasattr(os, "geteuid") or os.geteuid():
+        pytest.skip("only root can mount a disk of its own")
+    yield full
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_run_folder_on_a_full_disk_is_one_error_and_can_be_taken_up(
+    trained, command, configure, small_disk, tmp_path
+):
+    disk = small_disk(tmp_path / "disk", free=100)
+    folder, same_cache = disk / "run", f"cache.dir={trained[1]}"
+    done = command(*SMALL, "logger=none", same_cache, f"hydra.run.dir={folder}")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert error.startswith(f"error: cannot use {folder / 'patterns.safetensors'} (")
+    assert error.endswith("): free space, or choose another hydra.run.dir")
+    assert "o space left on device" in error
+    assert not [file for file in folder.iterdir() if file.name.startswith(".") and file.name != ".hydra"]
+    (disk / "filling").unlink()
+    run(configure(*SMALL, same_cache), folder)
+    for name in ("rho.csv", "degradation.csv", "accuracy.json", "splits.csv"):
+        assert (folder / name).read_bytes() == (trained[0] / name).read_bytes()
+
+
+def test_a_cache_on_a_full_disk_is_said_once(trained, run_job, small_disk, tmp_path, caplog):
+    disk = small_disk(tmp_path / "disk", free=300)
+    shutil.copytree(trained[1] / "models", disk / "models")  # 100 KiB; the moments take 900
+    folder = run_job(*SMALL, f"cache.dir={disk}")
+    assert caplog.text.count("cannot be written") == 1
+    assert "No space left on device" in caplog.text
+    assert 0 < len(list((disk / "moments").glob("*.safetensors"))) < 18
+    assert not list((disk / "moments").glob(".*"))
+    for name in ("rho.csv", "degradation.csv"):
+        assert (folder / name).read_bytes() == (trained[0] / name).read_bytes()
+    (disk / "filling").unlink()
+    again = run_job(*SMALL, f"cache.dir={disk}")
+    assert (again / "rho.csv").read_bytes() == (trained[0] / "rho.csv").read_bytes()
+
+
+@pytest.mark.parametrize("seconds", [0, 10])
+def test_unfinished_state_on_a_full_disk_is_said_once(trained, configure, small_disk, tmp_path, seconds, caplog):
+    """Whether after every batch, or at a stage's end."""
+    folder = tmp_path / "run"
+    small_disk(folder / "partial", free=0)
+    run(configure(*SMALL, f"cache.dir={trained[1]}", "criterion=rectified", f"checkpoint.seconds={seconds}"), folder)
+    assert caplog.text.count("cannot be written") == 1
+    assert "accuracy-0-of-1.safetensors cannot be written" in caplog.text
+    assert summary_of(folder)["accuracy"] == summary_of(trained[0])["accuracy"]
+    assert (folder / "degradation.csv").read_bytes() == (trained[0] / "degradation.csv").read_bytes()
+
+
+# --- files and clocks ---
+
+
+@pytest.fixture
+def folder_job(photographs, configure, run_job, tmp_path):
+    """A job on 40 photographs, and their names by split."""
+    root = photographs(tmp_path / "photographs", count=40)
+    job = [
+        "data=folder", f"data.root={root}", "data.size=16", "model=small_vgg", "model.width=2", "data.batch_size=8",
+        "model.training.epochs=1", "model.training.batch_size=8", "estimator=a", "explanation.images=3",
+        "degradation.images=null", f"cache.dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    setup = make_splits(build(configure(*job).data), 0)
+    names = {name: [split.name(position) for position in range(len(split))] for name, split in setup.items()}
+    return job, root, names
+
+
+def before(monkeypatch, place, act, wanted=lambda *_: True):
+    """Lets ``act`` happen before the first call of ``place`` whose arguments are ``wanted``."""
+    function, done = pkgutil.resolve_name(place), []
+
+    def first(*arguments, **settings):
+        if not done and wanted(*arguments):
+            done.append(act())
+        return function(*arguments, **settings)
+
+    monkeypatch.setattr(place, first)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_files_that_vanish_or_are_spoilt_during_a_run_are_left_out_and_named(
+    folder_job, run_job, monkeypatch, workers, capsys
+):
+    job, root, names = folder_job
+    gone = [names["fit"][0], names["fit"][5], names["probe"][-1]]
+    spoilt = [names["probe"][2], names["validation"][1]]
+    later = names["validation"][2:5]
+
+    def spoil():
+        for name in gone:
+            (root / name).unlink()
+        for name in spoilt:
+            (root / name).write_bytes(b"\xff\xd8\xff no JPEG after all")
+
+    before(monkeypatch, "pattern_bench.job._stages", spoil)
+    before(
+        monkeypatch, "pattern_bench.fitting.collect", lambda: [(root / name).unlink() for name in later],
+        lambda setup, split, *_: split == "validation",
+    )  # fmt: skip
+    folder = run_job(*job, f"data.workers={workers}")
+    expected = sorted(gone + spoilt + later)
+    assert summary_of(folder)["unreadable"] == expected
+    splits = pd.read_csv(folder / "splits.csv")
+    assert sorted(splits.name[~splits.used]) == expected
+    rho, degradation = tables_of(folder)
+    assert rho.rho.isna().equals(rho.dead)
+    assert set(degradation.n) == {8 - 4}
+    said = capsys.readouterr().err
+    assert "2 images cannot be read and are left out" in said
+    assert "4 images cannot be read and are left out" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("probe", "place", "expected"),
+    [
+        ("closed_form", "pattern_bench.preparation._sample", "none of the 16 images of the fit split can be read"),
+        ("closed_form", "pattern_bench.fitting.collect", "only 0 of the 16 images of the fit split can be read"),
+        ("sgd", "pattern_bench.criterion.descent", "none of the 16 images of the probe split can be read: mend"),
+    ],
+)
+def test_files_that_all_vanish_are_one_error(folder_job, run_job, monkeypatch, probe, place, expected):
+    job, root, _ = folder_job
+    before(monkeypatch, place, lambda: shutil.rmtree(root))
+    with pytest.raises(UserError, match=expected):
+        run_job(*job, f"probe={probe}", "data.workers=0")
+
+
+def test_a_clock_that_jumps_changes_nothing(trained, run_job, own_cache, monkeypatch):
+    """By a year, either way, at every look at it."""
+    start, jumps = time.time(), itertools.cycle([0, 3e7, -3e7, 5.0, -1e9])
+    monkeypatch.setattr(time, "time", lambda: start + next(jumps))
+    monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * (start + next(jumps))))
+    folder = run_job(*SMALL, own_cache, "checkpoint.seconds=0.01", "logger=csv")
+    for name in ("rho.csv", "degradation.csv", "accuracy.json", "splits.csv"):
+        assert (folder / name).read_bytes() == (trained[0] / name).read_bytes()
+    assert all(0 <= seconds < 600 for seconds in summary_of(folder)["seconds"].values())
