@@ -22,11 +22,12 @@ from pattern_bench.data.splits import GlobalBatches
 from pattern_bench.errors import UserError
 from pattern_bench.files import checksum
 from pattern_bench.fitting import SplitMoments, fit_pattern
+from pattern_bench.learning import ReaderDescent
 from pattern_bench.passes import Met, met, stream_over
 from pattern_bench.preparation import Setup, checkpoint
 from pattern_bench.progress import Bar
 from pattern_bench.results import BOOTSTRAP_COLUMNS, RHO_COLUMNS, rho_rows
-from pattern_bench.streams import ReaderDescent, ReadingStream, Seen
+from pattern_bench.streams import ReadingStream, Seen
 
 log = logging.getLogger(__name__)
 ROUND = 100

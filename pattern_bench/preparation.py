@@ -29,10 +29,10 @@ from pattern_bench.core.quality import CLOSED_FORM, CRITERIA
 from pattern_bench.data.source import Source
 from pattern_bench.data.splits import GlobalBatches, Split, Unreadable, joined, make_splits
 from pattern_bench.errors import UserError, did_you_mean
+from pattern_bench.learning import Learner
 from pattern_bench.models.source import ModelSource, Training, fingerprint
 from pattern_bench.partial import Partial
 from pattern_bench.progress import Bar, LightningBar
-from pattern_bench.streams import Learner
 from pattern_bench.trainer import make_trainer
 
 TRAINING_VERSION = 2

@@ -1,16 +1,14 @@
-"""Lightning modules: thin shells that stream batches through the arithmetic of ``core``."""
+"""Lightning modules that stream batches through the arithmetic of ``core``, and learn nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.degradation import degradation_curve, rank_patches, replacement
@@ -21,7 +19,6 @@ from pattern_bench.core.reading import Correlation, Reader
 from pattern_bench.data.splits import Batch
 from pattern_bench.errors import UserError
 from pattern_bench.halving import Halving
-from pattern_bench.models.source import Training
 
 
 @dataclass
@@ -234,168 +231,6 @@ class MomentStream(WatchingStream):
             raise not_finite(list(self.watchers)[finite.tolist().index(False)], batch.positions)
 
 
-class _WithGradients(torch.autograd.Function):
-    """A loss () whose gradients are known: on the way back, each parameter is given its own."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        return None, None, *(None if g is None else g * grad_outputs[0] for g in ctx.gradients)
-
-
-class Descending(Halving, pl.LightningModule):
-    """Takes a step for each batch. Its gradient is taken at once: where the device's memory is too small for a batch,
-    the gradients of its parts are added up."""
-
-    def descend(self, images: int, loss: Callable[[slice], Tensor]) -> Tensor:
-        """The loss of a batch of so many images, (), with its gradients.
-
-        Args:
-            images: in the batch.
-            loss: of a part of it, (); those of all parts add up to the batch's.
-
-        Raises:
-            UserError: where memory is too small for a single image.
-        """
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        values: list[Tensor] = []
-        gradients: list[Tensor | None] = [None] * len(parameters)
-
-        def take(part: slice) -> None:
-            value = loss(part)
-            found = torch.autograd.grad(value, parameters, allow_unused=True)
-            values.append(value.detach())
-            for i, more in enumerate(found):
-                sofar = gradients[i]
-                gradients[i] = more if sofar is None or more is None else sofar + more
-
-        self.in_parts(images, take)
-        return _WithGradients.apply(torch.stack(values).sum(), gradients, *parameters)
-
-
-class ReaderDescent(Descending):
-    """Fits the readers v of the selected layers together: Adam on their least-squares problems.
-
-    Several processes take their share of each batch; Lightning averages their gradients, which makes that of the batch.
-
-    Args:
-        model: canonical network; it is not trained.
-        readers: by layer name, calibrated.
-        learning_rate: of the first step; it falls to 0 along a cosine over ``steps``.
-        steps: at most.
-        batch_size: of a whole batch, of all processes together; a smaller one counts for less.
-
-    Raises:
-        UserError: naming layer and batch, where an activation or a loss is NaN or infinite.
-    """
-
-    strict_loading = False
-
-    def __init__(
-        self, model: nn.Module, readers: Mapping[str, Reader], learning_rate: float, steps: int, batch_size: int
-    ) -> None:
-        super().__init__()
-        self._model = (model,)  # in a tuple: it belongs in no checkpoint
-        self.names = list(readers)
-        self.readers = nn.ModuleList(readers.values())
-        self.learning_rate, self.steps, self.batch_size = learning_rate, steps, batch_size
-        self.seen = Seen()
-
-    def calibrate(self, images: Tensor, positions: Tensor) -> None:
-        """Shows each reader the first call of its layer, on images (B, ...) at ``positions`` (B,) of the split."""
-        watched = {name: _Calibration(reader) for name, reader in zip(self.names, self.readers, strict=True)}  # type: ignore[arg-type]
-        if layer := first_not_finite(self._model[0], fast_layout(images)):
-            raise not_finite(layer, positions)
-        with torch.no_grad(), collecting(self._model[0], watched):
-            self._model[0](fast_layout(images))
-
-    def on_fit_start(self) -> None:
-        self._model[0].to(self.device)
-
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        if self.current_epoch == 0:
-            self.seen.add(batch)
-        if batch.images is None:
-            # The other processes wait for gradients of every parameter.
-            return sum(parameter.sum() for parameter in self.parameters()) * 0.0  # type: ignore[return-value]
-        images, count, terms = batch.images, len(batch.images), 0
-
-        def loss(part: slice) -> Tensor:
-            nonlocal terms
-            losses = self._losses(fast_layout(images[part]), batch.positions[part])
-            terms = len(losses)
-            return losses.sum() * (len(images[part]) / count)
-
-        total = self.descend(count, loss)
-        self.log("loss", total.detach() / terms, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
-        # Without the weight, the images of a last, smaller batch would count for more than the others.
-        return total * (self.trainer.world_size * count / self.batch_size)
-
-    def _losses(self, images: Tensor, positions: Tensor) -> Tensor:
-        """Every neuron's, of every call of its layer, in a row."""
-        watched = {name: _Objective(reader) for name, reader in zip(self.names, self.readers, strict=True)}  # type: ignore[arg-type]
-        with torch.no_grad(), collecting(self._model[0], watched):
-            self._model[0](images)
-        losses = torch.cat([loss for objective in watched.values() for loss in objective.losses])
-        if not losses.isfinite().all():
-            layer = first_not_finite(self._model[0], images)
-            if layer is not None:
-                raise not_finite(layer, positions)
-            raise UserError(
-                f"probe.learning_rate={self.learning_rate}: the loss of v is NaN or infinite in step "
-                f"{self.global_step}: give a smaller one, or mend the weights (model.weights)"
-            )
-        return losses
-
-    # Lightning's own max_steps repeats a batch when training is taken up again.
-    def on_train_start(self) -> None:
-        stopped = any(callback.wait_count >= callback.patience for callback in self.trainer.early_stopping_callbacks)
-        self.trainer.should_stop = stopped or self.trainer.global_step >= self.steps
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self.trainer.global_step >= self.steps:
-            self.trainer.should_stop = True
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["seen"] = self.seen.tensors()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.seen = Seen.from_tensors(checkpoint["seen"])
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class _Calibration:
-    """Shows a reader the first call of its layer."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader, self.done = reader, False
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        if not self.done:
-            self.reader.calibrate(x, y)
-        self.done = True
-
-
-class _Objective:
-    """Keeps a layer's loss, with its graph, as the layer runs: later its tensors may be overwritten in place."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-        self.losses: list[Tensor] = []
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        with torch.enable_grad():
-            self.losses.append(self.reader.loss(x.clone(), y))
-
-
 class ReadingStream(WatchingStream):
     """Correlates what the readers of each layer read with their target.
 
@@ -545,62 +380,3 @@ class DegradationStream(RowStream):
             for name, rank in ranks.items()
         }
         self.keep(positions, curves)
-
-
-class Learner(Descending):
-    """Trains a model on class labels (cross-entropy) or real targets (squared error).
-
-    What is drawn in an epoch, by dropout, is a function of ``seed`` and the epoch, so that training that is taken up
-    again goes on as it would have.
-
-    Raises:
-        UserError: where the loss is NaN or infinite; where memory is too small for a batch and the model has batch
-            norm, which would take other statistics from its parts.
-    """
-
-    setting = "model.training.batch_size"
-    remedy = "choose a smaller model"
-
-    def __init__(self, model: nn.Module, training: Training, regression: bool, steps: int, seed: int) -> None:
-        super().__init__()
-        self.model, self.settings, self.regression, self.steps, self.seed = model, training, regression, steps, seed
-
-    def on_train_epoch_start(self) -> None:
-        torch.manual_seed(self.seed + self.current_epoch)
-
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor | None:
-        if batch.images is None:
-            return None
-        images, targets = batch.images, batch.targets
-
-        def loss(part: slice) -> Tensor:
-            outputs = self.model(images[part])
-            values = (
-                F.mse_loss(outputs.squeeze(1), targets[part])
-                if self.regression
-                else F.cross_entropy(outputs, targets[part])
-            )
-            return values * (len(images[part]) / len(images))
-
-        total = self.descend(len(images), loss)
-        if not total.isfinite():
-            raise UserError(
-                f"model.training.learning_rate={self.settings.learning_rate}: the loss is NaN or infinite in epoch "
-                f"{self.current_epoch}: give a smaller one, or mend the images"
-            )
-        return total
-
-    def halve(self, images: int) -> None:
-        norms = [name for name, module in self.model.named_modules() if isinstance(module, _BatchNorm)]
-        if norms:
-            raise UserError(
-                f"{self.setting}={self.settings.batch_size}: out of memory with {images} images at once, and batch "
-                f"norm ({norms[0]}) would take other statistics from parts of a batch: give a smaller one, or use a "
-                "device with more memory (trainer=cpu)"
-            )
-        super().halve(images)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.settings.learning_rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.settings.learning_rate, self.steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -28,14 +28,13 @@ from pattern_bench.data.source import TensorPool
 from pattern_bench.data.splits import Batch, make_splits
 from pattern_bench.errors import UserError
 from pattern_bench.job import run
+from pattern_bench.learning import Learner, ReaderDescent
 from pattern_bench.models.source import Training
 from pattern_bench.streams import (
     AccuracyStream,
     DegradationStream,
     ExplanationStream,
-    Learner,
     MomentStream,
-    ReaderDescent,
     ReadingStream,
 )
 

@@ -118,7 +118,7 @@ def test_training_goes_on_from_its_last_epoch(configure, run_job, tmp_path, monk
     undisturbed = run_job(*job, f"cache.dir={tmp_path / 'one'}")
     folder = tmp_path / "cut"
     folder.mkdir()
-    begin, epochs = "pattern_bench.streams.Learner.on_train_epoch_start", []
+    begin, epochs = "pattern_bench.learning.Learner.on_train_epoch_start", []
     for most in (2, 4, 9):
         with monkeypatch.context() as patch:
 
@@ -146,8 +146,8 @@ def test_descent_goes_on_from_its_last_round(configure, run_job, tmp_path, monke
     undisturbed = run_job(*job)
     folder = tmp_path / "cut"
     folder.mkdir()
-    step = "pattern_bench.streams.ReaderDescent.training_step"
-    from pattern_bench.streams import ReaderDescent
+    step = "pattern_bench.learning.ReaderDescent.training_step"
+    from pattern_bench.learning import ReaderDescent
 
     train, met = ReaderDescent.training_step, []
 
