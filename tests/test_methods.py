@@ -111,9 +111,14 @@ def filters(model):
     return found
 
 
+def of_file(file):
+    """A method's settings, within a configuration that has a seed."""
+    return OmegaConf.create({"seed": 0, "method": OmegaConf.load(file)}).method
+
+
 def method(name, model, **settings):
     settings = {**({"samples": 4} if name in ("smoothgrad", "prediction_difference") else {}), **settings}
-    node = OmegaConf.merge(OmegaConf.load(CONF / "method" / f"{name}.yaml"), settings)
+    node = OmegaConf.merge(of_file(CONF / "method" / f"{name}.yaml"), settings)
     return create(instantiate(node), model, patterns(model), images(5, seed=9).to(next(model.parameters()).dtype))
 
 
@@ -131,7 +136,7 @@ def state(model):
 def test_every_method_has_its_file_and_says_what_it_is():
     assert {file.stem for file in FILES} == NAMES
     for file in FILES:
-        kind = instantiate(OmegaConf.load(file)).func
+        kind = instantiate(of_file(file)).func
         assert issubclass(kind, Method)
         assert kind.name == file.stem
         assert kind.kind == (
@@ -620,7 +625,7 @@ def test_bad_models(name):
     with pytest.raises(UserError, match=rf"{name}: Sequential is in training mode \(module 1\): call model.eval"):
         explain.attribute(x)
     assert model[1].training
-    kind = instantiate(OmegaConf.load(CONF / "method" / f"{name}.yaml"))
+    kind = instantiate(of_file(CONF / "method" / f"{name}.yaml"))
     with pytest.raises(UserError, match="model is a function: give a torch"):
         create(kind, lambda x: x, patterns(model))
     with warnings.catch_warnings():
