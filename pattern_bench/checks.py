@@ -38,7 +38,7 @@ from pattern_bench.methods.base import Method, kind_of
 from pattern_bench.methods.patterns import LrpZ
 from pattern_bench.preparation import Setup, prepare
 from pattern_bench.progress import Bar, Stages
-from pattern_bench.record import begin
+from pattern_bench.record import begin, complete
 from pattern_bench.streams import fast_layout
 from pattern_bench.tracking import Tracker
 
@@ -169,7 +169,7 @@ def _checks(
         "seconds": shown.seconds,
         **results.environment(),
     }
-    results.write_json(folder / SUMMARY, summary)
+    complete(folder, SUMMARY, summary)
     return summary
 
 

@@ -137,7 +137,7 @@ def descent(
     }  # fmt: skip
     partial = setup.partial("readers", **parts)
     batches = GlobalBatches(len(split), setup.source.batch_size, setup.cfg.seed, ranks.rank(), ranks.size(), most=ROUND)
-    module = ReaderDescent(setup.model, readers, cfg.learning_rate, cfg.steps, batches.batch_size)
+    module = ReaderDescent(setup.model, readers, cfg.learning_rate, cfg.steps, batches)
     if (kept := partial.load()) is not None:
         state = kept[0]
         module.load_state_dict({name: tensor for name, tensor in state.items() if name.startswith("readers.")})

@@ -39,7 +39,7 @@ from pattern_bench.methods.base import kind_of
 from pattern_bench.methods.patterns import LrpZ
 from pattern_bench.preparation import Setup, prepare
 from pattern_bench.progress import Stages
-from pattern_bench.record import begin
+from pattern_bench.record import begin, complete
 from pattern_bench.tracking import Tracker
 
 FIGURES = ("fig1", "fig4b", "fig5")
@@ -256,7 +256,7 @@ def _explain_and_draw(
         "seconds": shown.seconds,
         **results.environment(),
     }
-    results.write_json(folder / SUMMARY, summary)
+    complete(folder, SUMMARY, summary)
     return summary
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pattern_bench.core.network import collecting
 from pattern_bench.core.reading import Reader
-from pattern_bench.data.splits import Batch
+from pattern_bench.data.splits import Batch, GlobalBatches
 from pattern_bench.errors import UserError
 from pattern_bench.halving import Halving
 from pattern_bench.models.source import Training
@@ -35,7 +35,19 @@ class _WithGradients(torch.autograd.Function):
 
 class Descending(Halving, pl.LightningModule):
     """Takes a step for each batch. Its gradient is taken at once: where the device's memory is too small for a batch,
-    the gradients of its parts are added up."""
+    the gradients of its parts are added up.
+
+    Args:
+        batches: that the loader will take, in rounds.
+    """
+
+    def __init__(self, batches: GlobalBatches) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning says which round it is when the loader's processes have asked for its first batches.
+        self.batches.set_epoch(checkpoint["epoch"] + 1)
 
     def descend(self, images: int, loss: Callable[[slice], Tensor]) -> Tensor:
         """The loss of a batch of so many images, (), with its gradients.
@@ -73,7 +85,7 @@ class ReaderDescent(Descending):
         readers: by layer name, calibrated.
         learning_rate: of the first step; it falls to 0 along a cosine over ``steps``.
         steps: at most.
-        batch_size: of a whole batch, of all processes together; a smaller one counts for less.
+        batches: of the probe split; one that is smaller than the others counts for less.
 
     Raises:
         UserError: naming layer and batch, where an activation or a loss is NaN or infinite.
@@ -82,13 +94,13 @@ class ReaderDescent(Descending):
     strict_loading = False
 
     def __init__(
-        self, model: nn.Module, readers: Mapping[str, Reader], learning_rate: float, steps: int, batch_size: int
+        self, model: nn.Module, readers: Mapping[str, Reader], learning_rate: float, steps: int, batches: GlobalBatches
     ) -> None:
-        super().__init__()
+        super().__init__(batches)
         self._model = (model,)  # in a tuple: it belongs in no checkpoint
         self.names = list(readers)
         self.readers = nn.ModuleList(readers.values())
-        self.learning_rate, self.steps, self.batch_size = learning_rate, steps, batch_size
+        self.learning_rate, self.steps = learning_rate, steps
         self.seen = Seen()
 
     def calibrate(self, images: Tensor, positions: Tensor) -> None:
@@ -119,7 +131,7 @@ class ReaderDescent(Descending):
         total = self.descend(count, loss)
         self.log("loss", total.detach() / terms, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
         # Without the weight, the images of a last, smaller batch would count for more than the others.
-        return total * (self.trainer.world_size * count / self.batch_size)
+        return total * (self.trainer.world_size * count / self.batches.batch_size)
 
     def _losses(self, images: Tensor, positions: Tensor) -> Tensor:
         """Every neuron's, of every call of its layer, in a row."""
@@ -150,6 +162,7 @@ class ReaderDescent(Descending):
         checkpoint["seen"] = self.seen.tensors()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.seen = Seen.from_tensors(checkpoint["seen"])
 
     def configure_optimizers(self) -> Any:
@@ -185,8 +198,8 @@ class _Objective:
 class Learner(Descending):
     """Trains a model on class labels (cross-entropy) or real targets (squared error).
 
-    What is drawn in an epoch, by dropout, is a function of ``seed`` and the epoch, so that training that is taken up
-    again goes on as it would have.
+    What is drawn in a step, by dropout, is a function of the batches' seed and the step, so that training that is taken
+    up again goes on as it would have.
 
     Raises:
         UserError: where the loss is NaN or infinite; where memory is too small for a batch and the model has batch
@@ -196,17 +209,16 @@ class Learner(Descending):
     setting = "model.training.batch_size"
     remedy = "choose a smaller model"
 
-    def __init__(self, model: nn.Module, training: Training, regression: bool, steps: int, seed: int) -> None:
-        super().__init__()
-        self.model, self.settings, self.regression, self.steps, self.seed = model, training, regression, steps, seed
-
-    def on_train_epoch_start(self) -> None:
-        torch.manual_seed(self.seed + self.current_epoch)
+    def __init__(self, model: nn.Module, training: Training, regression: bool, batches: GlobalBatches) -> None:
+        super().__init__(batches)
+        self.model, self.settings, self.regression, self.seed = model, training, regression, batches.seed
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor | None:
         if batch.images is None:
             return None
         images, targets = batch.images, batch.targets
+        # Not once an epoch: Lightning draws too, between an epoch's start and its first batch, but for the first epoch.
+        torch.manual_seed(((self.seed << 32) + self.global_step) % 2**63)
 
         def loss(part: slice) -> Tensor:
             outputs = self.model(images[part])
@@ -237,5 +249,6 @@ class Learner(Descending):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.settings.learning_rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.settings.learning_rate, self.steps)
+        steps = self.settings.epochs * len(self.batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.settings.learning_rate, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -275,9 +275,8 @@ def _train_here(setup: Setup, model: nn.Module, training: Training, bar: Bar) ->
             model.load_state_dict(entry[0])
             return
         batches = GlobalBatches(len(images), training.batch_size, setup.cfg.seed)
-        steps = training.epochs * len(batches)
-        bar.start(steps, "training")
-        learner = Learner(model, training, setup.source.regression, steps, setup.cfg.seed)
+        bar.start(training.epochs * len(batches), "training")
+        learner = Learner(model, training, setup.source.regression, batches)
         device = setup.device
         every_epoch, last = checkpoint(setup.folder, f"training-{key}")
         alone = {"devices": 1, "num_nodes": 1, "strategy": SingleDeviceStrategy(device)}

@@ -58,11 +58,10 @@ class Record:
             self.tracker.table(name, table)
 
     def end(self, name: str, summary: Mapping[str, Any]) -> None:
-        """Writes the file that says that the run is complete, and removes what an unfinished one needs."""
+        """Ends the run, with all processes."""
         ranks.wait()
-        self.json(name, summary)
-        if ranks.first():
-            shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
+        if self.tracker is not None:
+            complete(self.folder, name, summary)
 
 
 def begin(cfg: DictConfig, folder: Path, mark: str) -> dict[str, Any]:
@@ -84,6 +83,12 @@ def begin(cfg: DictConfig, folder: Path, mark: str) -> dict[str, Any]:
             ) from error
         write_file(folder / "config.yaml", lambda file: OmegaConf.save(cfg, file, resolve=True))
     return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def complete(folder: Path, mark: str, summary: Mapping[str, Any]) -> None:
+    """Writes the file that says that the run is complete, and removes what an unfinished one needs."""
+    write_json(folder / mark, summary)
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
 
 
 def is_complete(cfg: DictConfig, folder: Path, mark: str) -> bool:

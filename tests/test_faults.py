@@ -25,7 +25,7 @@ from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.memory import fits
 from pattern_bench.core.reading import Reader
 from pattern_bench.data.source import TensorPool
-from pattern_bench.data.splits import Batch, make_splits
+from pattern_bench.data.splits import Batch, GlobalBatches, make_splits
 from pattern_bench.errors import UserError
 from pattern_bench.job import run
 from pattern_bench.learning import Learner, ReaderDescent
@@ -314,7 +314,7 @@ def patterns_of(net):
 def readers_of(net, images, criterion="all"):
     """Calibrated readers with some v."""
     readers = {name: Reader(net.get_submodule(name), p, criterion, 1e-3) for name, p in patterns_of(net).items()}
-    module = ReaderDescent(net, readers, 0.01, 10, 8)
+    module = ReaderDescent(net, readers, 0.01, 10, GlobalBatches(19, 8, 0))
     module.calibrate(images, torch.arange(len(images)))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -399,7 +399,7 @@ def test_the_gradients_of_parts_are_those_of_the_batch(images, room):
     loss = nn.functional.cross_entropy(model(images), targets, reduction="sum")
     expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     model.tight.room = room
-    learner = Learner(model, Training(1, 0.1, 19), False, 1, 0)
+    learner = Learner(model, Training(1, 0.1, 19), False, GlobalBatches(19, 19, 0))
     total = learner.descend(
         19, lambda part: nn.functional.cross_entropy(model(images[part]), targets[part], reduction="sum")
     )
@@ -415,7 +415,7 @@ def learned(images, room, norm=False):
     """Weights after epochs in which so many images have room."""
     model = Classifier(norm)
     model.tight.room = room
-    return fitted(Learner(model, Training(3, 0.05, 8), False, 9, 0), images).model.state_dict()
+    return fitted(Learner(model, Training(3, 0.05, 8), False, GlobalBatches(19, 8, 0)), images).model.state_dict()
 
 
 def test_training_in_parts_learns_what_whole_batches_teach(images, caplog):
@@ -439,7 +439,7 @@ def test_batch_norm_is_not_trained_in_parts(images):
 def descended(net, images, room):
     """Readers after epochs in which so many images have room; and the last one's loss."""
     readers = {name: Reader(net.get_submodule(name), p, "all", 1e-3) for name, p in patterns_of(net).items()}
-    module = ReaderDescent(net, readers, 0.02, 9, 8)
+    module = ReaderDescent(net, readers, 0.02, 9, GlobalBatches(19, 8, 0))
     module.calibrate(images[:8], torch.arange(8))
     net.tight.room = room
     fitted(module, images)
@@ -460,11 +460,11 @@ def test_readers_are_calibrated_on_what_fits(net, images, caplog):
     """Fewer images change the way to the solution, not the solution."""
     setup = types.SimpleNamespace(splits={"probe": _Loads(images)}, loader=lambda split, _: split, device="cpu")
     readers = {"last": Reader(net.last, patterns_of(net)["last"], "all", 1e-3)}
-    module = ReaderDescent(net, readers, 0.02, 9, 8)
+    module = ReaderDescent(net, readers, 0.02, 9, GlobalBatches(19, 8, 0))
     net.tight.room = 3
     criterion._calibrate(setup, module)
     again = Reader(net.last, patterns_of(net)["last"], "all", 1e-3)
-    ReaderDescent(net, {"last": again}, 0.02, 9, 8).calibrate(images[:2], torch.arange(2))
+    ReaderDescent(net, {"last": again}, 0.02, 9, GlobalBatches(19, 8, 0)).calibrate(images[:2], torch.arange(2))
     assert torch.equal(readers["last"].across_channels, again.across_channels)
     assert again.across_channels.any()
     assert module.most == 2
@@ -599,7 +599,7 @@ def test_an_activation_that_overflows_is_named_by_its_layer(net, images, gram, p
 @pytest.mark.parametrize("where", ["image", "overflow", "closed"])
 def test_readers_neither_learn_from_nor_are_scored_on_what_is_no_number(net, images, criterion_name, where):
     readers = readers_of(net, images[:8], criterion_name)
-    module = ReaderDescent(net, readers, 0.02, 9, 8)
+    module = ReaderDescent(net, readers, 0.02, 9, GlobalBatches(19, 8, 0))
     if where == "image":
         images[17, 0, 0, 0] = torch.nan
     else:  # in the third batch alone
@@ -619,7 +619,7 @@ def test_readers_neither_learn_from_nor_are_scored_on_what_is_no_number(net, ima
 def test_a_descent_that_diverges_names_its_learning_rate(net, images):
     readers = readers_of(net, images[:8])
     with pytest.raises(UserError, match=r"probe.learning_rate=1e\+200: the loss of v is NaN or infinite in step 1"):
-        fitted(ReaderDescent(net, readers, 1e200, 9, 8), images)
+        fitted(ReaderDescent(net, readers, 1e200, 9, GlobalBatches(19, 8, 0)), images)
 
 
 @pytest.mark.parametrize("kind", ["accuracy", "explanation", "degradation"])
@@ -642,7 +642,7 @@ def test_training_that_diverges_names_its_learning_rate(images):
     model = Classifier(False)
     images[9] = torch.inf
     with pytest.raises(UserError, match=r"model.training.learning_rate=0.1: the loss is NaN or infinite in epoch 0"):
-        fitted(Learner(model, Training(3, 0.1, 8), False, 9, 0), images)
+        fitted(Learner(model, Training(3, 0.1, 8), False, GlobalBatches(19, 8, 0)), images)
 
 
 @pytest.mark.parametrize("probe", ["closed_form", "sgd"])
