@@ -91,7 +91,9 @@ def command_line(command: Callable[[], None]) -> None:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         # Hydra keeps what was wrong in the cause of some of its errors; ours say it themselves.
         causes = (error,) if isinstance(error, UserError) else (error, error.__cause__)
-        messages = [str(e).strip() for e in causes if e is not None and str(e).strip()]
+        # What a loader's worker raised arrives with its traceback as text.
+        messages = [str(e).rpartition("errors.UserError: ")[2].strip() for e in causes if e is not None]
+        messages = [message for message in messages if message]
         sys.exit("error: " + "\n".join(dict.fromkeys(messages)))
     except OSError as error:
         sys.exit(f"error: {cannot_use(error)}")

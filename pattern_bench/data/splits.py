@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from pattern_bench.data.source import Pool, Source
 from pattern_bench.errors import UserError
@@ -53,6 +53,8 @@ class Split(Dataset):
         index = int(self.indices[position])
         try:
             image = self.pool.image(index)
+        except UserError:
+            raise
         except (OSError, ValueError, SyntaxError, MemoryError) as error:
             if self.strict:
                 raise UserError(
@@ -91,14 +93,12 @@ class Split(Dataset):
 
     def loader(self, positions: Iterable[int], batch_size: int, workers: int) -> DataLoader:
         """Batches of the images at these positions, in their order."""
-        return self._loader(workers, batch_size=batch_size, sampler=positions)
+        order = BatchSampler(positions, batch_size, drop_last=False)
+        return DataLoader(_Batches(self), None, sampler=order, num_workers=workers, collate_fn=_as_it_is)
 
     def shuffled(self, batches: GlobalBatches, workers: int) -> DataLoader:
         """Batches of images in random order, for training."""
-        return self._loader(workers, batch_sampler=batches)
-
-    def _loader(self, workers: int, **order: Any) -> DataLoader:
-        return DataLoader(self, num_workers=workers, collate_fn=self.collate, **order)
+        return DataLoader(self, batch_sampler=batches, num_workers=workers, collate_fn=self.collate)
 
     def _of(self, indices: Tensor) -> Split:
         return Split(self.pool, indices, self.regression, self.strict, self.transform)
@@ -117,6 +117,24 @@ class Split(Dataset):
         digest = hashlib.sha256(f"{self.pool.fingerprint} {self.transform!r} ".encode())
         digest.update(self.indices.numpy().tobytes())
         return digest.hexdigest()
+
+
+@dataclass
+class _Batches(Dataset):
+    """A split whose items are batches. Where a loader makes batches of items itself, Lightning keeps the positions in
+    all of them as it predicts."""
+
+    split: Split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        return self.split.batch(positions)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class GlobalBatches(Sampler[list[int]]):
