@@ -95,7 +95,6 @@ def split_of(source: Source, size: int, cache: Cache | None = None) -> Split:
     source.cache = cache
     split = make_splits(source, 0)["validation"]
     split.transform = photograph_transform(size)
-    split.indices = torch.as_tensor(split.indices).sort().values  # as the job passes over shards
     return split
 
 
@@ -110,7 +109,7 @@ def shard_source(root: Path) -> Source:
 def rate(split: Split, workers: int) -> float:
     """Images per second of the loader alone, its workers' start included."""
     start, seen = time.perf_counter(), 0
-    for batch in split.loader(32, workers):
+    for batch in split.loader(split.share(32), 32, workers):
         seen += len(batch.images)
     return seen / (time.perf_counter() - start)
 
@@ -215,7 +214,7 @@ def epoch(images: Path, work: Path, count: int, workers: int) -> pd.DataFrame:
         enable_model_summary=False, callbacks=[watch],
     )  # fmt: skip
     stream = MomentStream(network, ["0"], gram=True, memory=2**28, positions=1.0, seeds={"0": 0})
-    trainer.predict(stream, split.loader(32, workers), return_predictions=False)
+    trainer.predict(stream, split.loader(split.share(32), 32, workers), return_predictions=False)
     if (stream.seen.images, stream.seen.unreadable) != (count, []):
         raise RuntimeError(f"not every image was seen once: {stream.seen}")
     found = pd.DataFrame(watch.rows)
@@ -321,13 +320,6 @@ def report(
     more = f"; *extrapolated*, {IMAGENET:,} such images would take {hours(speed)}"
     if watched.attrs["count"] >= IMAGENET:
         more = ""
-    per_image = (late["job"].median() - early["job"].median()) * 2**20 / max(1, watched.attrs["count"] - 30_000)
-    why = (
-        f" The job grows by {per_image:.0f} bytes an image: Lightning keeps the indices of every batch of a prediction "
-        "(`_IndexBatchSamplerWrapper`) until it ends."
-        if per_image > 10 and watched.attrs["count"] >= 100_000
-        else ""
-    )
     arrays, lists = sizes["arrays"], sizes["lists"]
     return f"""# Loading: what an epoch of ImageNet asks of the loader
 
@@ -377,7 +369,7 @@ what each worker does not share with it. Every 1,000 images: [memory.csv](memory
 {chr(10).join(pass_lines)}
 
 Median of images 10,000 to 30,000 and of the last 20,000, in MiB: {", ".join(grown)}. {speed:.0f} images per
-second{more}.{why}
+second{more}.
 
 ## An index of full size
 
