@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Iterator
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from pattern_bench.errors import UserError
+from pattern_bench.importing import located
 
 PACKAGES = ("pattern_bench", "torch", "torchvision", "timm")
 """What a configuration may name classes of, unless ``allow_any_target`` is true."""
@@ -53,24 +53,6 @@ def build(node: DictConfig) -> Any:
         _check_name(setting, name, trusted)
         _check_class(setting, name, trusted)
     return _built(plain, path)
-
-
-def located(setting: str, name: str) -> Any:
-    """What a module holds under the last part of ``name``, such as ``package.module.Class``.
-
-    The module is imported by its own name: one that another has imported, such as ``torch.os``, is none.
-
-    Raises:
-        UserError: where there is no such thing.
-    """
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{setting}={name} cannot be imported ({error}): give package.module.Class, importable from here (is its "
-            "folder on PYTHONPATH?)"
-        ) from error
 
 
 def _missing(node: Any, path: str) -> Iterator[str]:

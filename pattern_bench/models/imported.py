@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pattern_bench.config import located
 from pattern_bench.errors import UserError
+from pattern_bench.importing import located
 from pattern_bench.models.source import ModelSource
 
 
