@@ -28,6 +28,7 @@ from pattern_bench.data.source import TensorPool
 from pattern_bench.data.splits import Batch, GlobalBatches, make_splits
 from pattern_bench.errors import UserError
 from pattern_bench.job import run
+from pattern_bench.launch import launch
 from pattern_bench.models.source import Training
 from pattern_bench.streams import (
     AccuracyStream,
@@ -525,16 +526,20 @@ def tables_of(folder):
     return pd.read_csv(folder / "rho.csv"), pd.read_csv(folder / "degradation.csv")
 
 
-def test_a_job_without_memory_enough_is_complete_and_equal(trained, run_job, own_cache, tmp_path, monkeypatch, caplog):
-    """Training too; what it takes from there starts from the same weights."""
-    pool = nn.MaxPool2d.forward
+def cramped(forward):
+    """A module's forward, with room for five images."""
 
-    def forward(self, x):
+    def attempt(self, x):
         if len(x) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return pool(self, x)
+        return forward(self, x)
 
-    monkeypatch.setattr(nn.MaxPool2d, "forward", forward)
+    return attempt
+
+
+def test_a_job_without_memory_enough_is_complete_and_equal(trained, run_job, own_cache, tmp_path, monkeypatch, caplog):
+    """Training too; what it takes from there starts from the same weights."""
+    monkeypatch.setattr(nn.MaxPool2d, "forward", cramped(nn.MaxPool2d.forward))
     folder = run_job(*SMALL, own_cache)
     for mine, plain in zip(tables_of(folder), tables_of(trained[0]), strict=True):
         pd.testing.assert_frame_equal(mine, plain, rtol=1e-6, atol=1e-6)
@@ -646,6 +651,11 @@ def test_training_that_diverges_names_its_learning_rate(images):
         fitted(Learner(model, Training(3, 0.1, 8), False, GlobalBatches(19, 8, 0)), images)
 
 
+def spoilt(image, broken):
+    """A pool's ``image``, which is NaN for one of them."""
+    return lambda self, index: image(self, index) * torch.nan if index == broken else image(self, index)
+
+
 @pytest.mark.parametrize("probe", ["closed_form", "sgd"])
 def test_what_was_finished_before_an_image_that_is_no_number_is_kept(
     trained, configure, own_cache, tmp_path, probe, monkeypatch
@@ -657,13 +667,8 @@ def test_what_was_finished_before_an_image_that_is_no_number_is_kept(
     job = [*SMALL, own_cache, f"model.weights={weights}", f"probe={probe}"]
     folder = tmp_path / "run"
     folder.mkdir()
-    image = TensorPool.image
-
-    def damaged(self, index):
-        return image(self, index) * torch.nan if index == broken else image(self, index)
-
     with monkeypatch.context() as patch:
-        patch.setattr(TensorPool, "image", damaged)
+        patch.setattr(TensorPool, "image", spoilt(TensorPool.image, broken))
         message = r"layer features.0: NaN or Inf in its input or output, for the batch of images .* of the split: mend"
         with pytest.raises(UserError, match=message):
             run(configure(*job), folder)
@@ -846,3 +851,29 @@ def test_a_clock_that_jumps_changes_nothing(trained, run_job, own_cache, monkeyp
     for name in ("rho.csv", "degradation.csv", "accuracy.json", "splits.csv"):
         assert (folder / name).read_bytes() == (trained[0] / name).read_bytes()
     assert all(0 <= seconds < 600 for seconds in summary_of(folder)["seconds"].values())
+
+
+# --- several processes ---
+
+
+def with_little_memory(cfg, folder):
+    """The job, whose second process has room for five images."""
+    if os.environ["RANK"] == "1":
+        nn.MaxPool2d.forward = cramped(nn.MaxPool2d.forward)
+    run(cfg, folder)
+
+
+@pytest.mark.slow
+def test_a_process_that_runs_out_of_memory_does_not_hold_up_the_others(configure, own_cache, tmp_path, monkeypatch):
+    """Its part of each step is taken in parts, and the step is that of one process without memory enough."""
+    folders = [tmp_path / name for name in ("two", "one")]
+    for folder in folders:
+        folder.mkdir()
+    job = [*SMALL, "probe=both", "probe.steps=20", own_cache]
+    launch(with_little_memory, configure(*job, "trainer=ddp_cpu"), folders[0])
+    monkeypatch.setattr(nn.MaxPool2d, "forward", cramped(nn.MaxPool2d.forward))
+    run(configure(*job), folders[1])
+    two, one = map(tables_of, folders)
+    assert set(two[0].probe) == {"closed_form", "sgd"}
+    for mine, expected in zip(two, one, strict=True):
+        pd.testing.assert_frame_equal(mine, expected, rtol=1e-4, atol=1e-4)
