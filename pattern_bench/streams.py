@@ -234,6 +234,10 @@ class MomentStream(WatchingStream):
             raise not_finite(list(self.watchers)[finite.tolist().index(False)], batch.positions)
 
 
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None or other is None else one + other
+
+
 class _WithGradients(torch.autograd.Function):
     """A loss () whose gradients are known: on the way back, each parameter is given its own."""
 
@@ -274,19 +278,18 @@ class Descending(Halving, pl.LightningModule):
             UserError: where memory is too small for a single image.
         """
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        values: list[Tensor] = []
+        total: Tensor | None = None
         gradients: list[Tensor | None] = [None] * len(parameters)
 
         def take(part: slice) -> None:
+            nonlocal total, gradients
             value = loss(part)
             found = torch.autograd.grad(value, parameters, allow_unused=True)
-            values.append(value.detach())
-            for i, more in enumerate(found):
-                sofar = gradients[i]
-                gradients[i] = more if sofar is None or more is None else sofar + more
+            sums = [_sum(sofar, more) for sofar, more in zip(gradients, found, strict=True)]
+            total, gradients = _sum(total, value.detach()), sums
 
         self.in_parts(images, take)
-        return _WithGradients.apply(torch.stack(values).sum(), gradients, *parameters)
+        return _WithGradients.apply(total, gradients, *parameters)
 
 
 class ReaderDescent(Descending):

@@ -16,6 +16,7 @@ import torch
 from conftest import brute_neuron
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 from pattern_bench import criterion, fitting, halving
@@ -204,17 +205,41 @@ def failing(monkeypatch):
     return install
 
 
-class AtCall:
-    """Runs out of memory at one call, counted from 1."""
+class AtCall(TorchFunctionMode):
+    """Within, memory runs out in one of torch's functions, counted from 1. Those in place take none."""
 
-    calls = at = 0
-
-    def __call__(self, _):
-        self.calls += 1
-        return self.calls == self.at
-
-    def start(self, at):
+    def __init__(self, at):
+        super().__init__()
         self.calls, self.at = 0, at
+
+    def __torch_function__(self, function, types, arguments=(), settings=None):
+        name = getattr(function, "__name__", "")
+        in_place = name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
+        if not in_place:
+            self.calls += 1
+            if self.calls == self.at:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return function(*arguments, **settings or {})
+
+
+@pytest.fixture
+def at_call(monkeypatch):
+    """Lets the attempts of ``place`` run out at one call, counted over all of them; returns what counts."""
+
+    def install(place, at):
+        mode = AtCall(at)
+
+        def in_mode(attempt):
+            def within():
+                with mode:
+                    attempt()
+
+            return fits(within)
+
+        monkeypatch.setattr(place, in_mode)
+        return mode
+
+    return install
 
 
 def sums(layer, x, gram, positions, memory=2**30):
@@ -230,16 +255,15 @@ def sums(layer, x, gram, positions, memory=2**30):
 
 @pytest.mark.parametrize("gram", [True, False])
 @pytest.mark.parametrize("positions", [1.0, 0.5])
-def test_a_collector_may_run_out_at_every_allocation(layer_and_input, gram, positions, failing, monkeypatch):
-    """In each sum in turn: at the n-th allocation of the pass, for every n."""
+def test_a_collector_may_run_out_at_every_call(layer_and_input, gram, positions, at_call, monkeypatch):
+    """In each sum in turn: in the n-th of torch's functions, for every n."""
     monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 2)
     layer, x = layer_and_input
-    plain, out = sums(layer, x, gram, positions), AtCall()
-    failing(out)
-    while out.at <= out.calls:
-        out.start(out.at + 1)
+    plain, mode = sums(layer, x, gram, positions), AtCall(0)
+    while mode.at <= mode.calls:
+        mode = at_call("pattern_bench.core.collector.fits", mode.at + 1)
         assert_same(sums(layer, x, gram, positions), plain)
-    assert out.at > 10
+    assert mode.at > 50
 
 
 @pytest.mark.parametrize("place", PLACES[:6])
@@ -265,16 +289,15 @@ def test_a_collector_halves_until_it_fits(place, failing, monkeypatch):
     assert min(met) <= 2
 
 
-def test_a_gram_matrix_in_rows_may_run_out_between_them(failing):
+def test_a_gram_matrix_in_rows_may_run_out_between_them(at_call):
     """As of a wide dense layer: what its first rows have, they do not get again."""
     layer = nn.Linear(40, 2).double().requires_grad_(False)
     x = torch.randn(16, 40, dtype=torch.float64)
-    plain, out = sums(layer, x, True, 1.0, memory=5000), AtCall()
-    failing(out, ["torch.matmul"])
-    for call in range(1, 20):
-        out.start(call)
-        assert_same(sums(layer, x, True, 1.0, memory=5000), plain)
-    assert out.calls == 16  # 4 times 4 rows in parts of 4 images
+    plain, mode = sums(layer, x, True, 1.0, memory=5000), AtCall(0)
+    while mode.at <= mode.calls:
+        mode = at_call("pattern_bench.core.collector.fits", mode.at + 1)
+        assert_same(sums(layer, x, True, 1.0, memory=5000), plain)  # 4 times 4 rows in parts of 4 images
+    assert mode.at > 50
 
 
 @pytest.mark.parametrize(("positions", "layers"), [(1.0, LAYERS), (0.5, ["first", "last"])])
@@ -364,6 +387,21 @@ def test_every_stream_goes_on_with_what_fits(net, images, kind, room, caplog):
     ][: 2 if room == 3 else 3]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [("reading", "pattern_bench.streams.fits"), *((kind, "pattern_bench.halving.fits") for kind in STREAMS[1:])],
+)
+def test_every_stream_may_run_out_at_any_call(net, images, kind, place, at_call):
+    plain = shown(stream_of(kind, net, images), images, size=10)
+    mode = at_call(place, 0)
+    shown(stream_of(kind, net, images), images, size=10)
+    for at in range(1, mode.calls + 1, 1 + mode.calls // 12):
+        stream = stream_of(kind, net, images)
+        at_call(place, at)
+        assert_same(shown(stream, images, size=10).state(), plain.state())
+        assert stream.most in (5, 4)  # of 10 or of the last 9
+
+
 @pytest.mark.parametrize("kind", STREAMS)
 def test_every_stream_says_what_helps_a_single_image(net, images, kind):
     stream = stream_of(kind, net, images)
@@ -392,6 +430,24 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         return self.last(self.tight(self.norm(self.first(x)).relu()).flatten(1))
+
+
+def test_a_step_may_run_out_at_every_call(images, at_call):
+    """On the way there, on the way back, and where gradients are added up."""
+    targets, mode, plain = torch.arange(18) % 5, AtCall(0), None
+    while mode.at <= mode.calls:
+        mode = at_call("pattern_bench.halving.fits", mode.at + 1)
+        model = Classifier(False)
+        model.tight.room = 10
+
+        def loss(part, model=model):
+            return nn.functional.cross_entropy(model(images[part]), targets[part], reduction="sum")
+
+        Learner(model, Training(1, 0.1, 18), False, GlobalBatches(18, 18, 0)).descend(18, loss).backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        plain = plain or found
+        assert_same(found, plain)
+    assert mode.at > 20
 
 
 @pytest.mark.parametrize("room", [1000, 5, 1])
