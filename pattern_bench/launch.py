@@ -25,6 +25,7 @@ from pattern_bench.errors import UserError
 
 Job = Callable[[DictConfig, Path], Any]
 SECONDS_TO_CLOSE = 5
+_threads_alone: int | None = None
 
 
 def number_from_outside() -> tuple[int, int] | None:
@@ -85,13 +86,14 @@ def launch(job: Job, cfg: DictConfig, folder: Path, log_config: Any = None) -> N
             f"trainer.num_nodes={nodes} needs processes on every node: start the command with torchrun or srun, as the "
             "README shows"
         )
-    elif here > 1:
+    elif here > 1 or cfg.trainer.get("strategy") == "ddp":
         _start(here, job, OmegaConf.to_container(cfg, resolve=True), folder, log_config)
     else:
         job(cfg, folder)
 
 
 def _start(count: int, job: Job, config: Any, folder: Path, log_config: Any) -> None:
+    import torch
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -105,8 +107,9 @@ def _start(count: int, job: Job, config: Any, folder: Path, log_config: Any) -> 
         max_restarts=0, shutdown_timeout=SECONDS_TO_CLOSE,
     )  # fmt: skip
     try:
-        with _as_before(), _threads_for(count), _interrupts_for_the_parent():
-            elastic_launch(how, _process)(job, config, str(folder), log_config, os.getpid())
+        with _as_before(), _one_thread_each(), _interrupts_for_the_parent():
+            arguments = job, config, str(folder), log_config, os.getpid(), torch.get_num_threads()
+            elastic_launch(how, _process)(*arguments)
     except SignalException as stop:
         if stop.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -122,8 +125,9 @@ def _start(count: int, job: Job, config: Any, folder: Path, log_config: Any) -> 
         raise RuntimeError(f"process {number} of {count} failed: {trace}") from None
 
 
-def _process(job: Job, config: Any, folder: str, log_config: Any, parent: int) -> None:
+def _process(job: Job, config: Any, folder: str, log_config: Any, parent: int, threads: int) -> None:
     """What a process that was started here does."""
+    global _threads_alone
     from torch.distributed.elastic.multiprocessing.errors import record
 
     # The parent alone answers to the user and to a cluster's scheduler. Where it dies, this process gets SIGINT; where
@@ -132,6 +136,7 @@ def _process(job: Job, config: Any, folder: str, log_config: Any, parent: int) -
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     if os.getppid() != parent:
         raise SystemExit(1)
+    _threads_alone = threads
     for name in ("SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     if os.environ["RANK"] != "0":
@@ -194,14 +199,27 @@ def _interrupts_for_the_parent() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _threads_for(count: int) -> Iterator[None]:
-    """Divides the processor's cores among the processes, unless the user did."""
+def _one_thread_each() -> Iterator[None]:
+    """Processes compute in one thread each, unless the user says otherwise: in how many a sum is taken shows in the
+    sixth digit of what is computed in single precision, and results are not to depend on the number of processes."""
     if "OMP_NUM_THREADS" in os.environ:
         yield
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // count))
+    os.environ["OMP_NUM_THREADS"] = "1"
     try:
         yield
     finally:
         del os.environ["OMP_NUM_THREADS"]
+
+
+@contextlib.contextmanager
+def threads_as_alone() -> Iterator[None]:
+    """Within, this process computes in as many threads as if it were the only one: while the others wait for it."""
+    import torch
+
+    here = torch.get_num_threads()
+    torch.set_num_threads(_threads_alone or here)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(here)

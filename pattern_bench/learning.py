@@ -20,6 +20,10 @@ from pattern_bench.models.source import Training
 from pattern_bench.streams import Seen, fast_layout, first_not_finite, not_finite
 
 
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None or other is None else one + other
+
+
 class _WithGradients(torch.autograd.Function):
     """A loss () whose gradients are known: on the way back, each parameter is given its own."""
 
@@ -60,19 +64,18 @@ class Descending(Halving, pl.LightningModule):
             UserError: where memory is too small for a single image.
         """
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        values: list[Tensor] = []
+        total: Tensor | None = None
         gradients: list[Tensor | None] = [None] * len(parameters)
 
         def take(part: slice) -> None:
+            nonlocal total, gradients
             value = loss(part)
             found = torch.autograd.grad(value, parameters, allow_unused=True)
-            values.append(value.detach())
-            for i, more in enumerate(found):
-                sofar = gradients[i]
-                gradients[i] = more if sofar is None or more is None else sofar + more
+            sums = [_sum(sofar, more) for sofar, more in zip(gradients, found, strict=True)]
+            total, gradients = _sum(total, value.detach()), sums
 
         self.in_parts(images, take)
-        return _WithGradients.apply(torch.stack(values).sum(), gradients, *parameters)
+        return _WithGradients.apply(total, gradients, *parameters)
 
 
 class ReaderDescent(Descending):

@@ -29,6 +29,7 @@ from pattern_bench.core.quality import CLOSED_FORM, CRITERIA
 from pattern_bench.data.source import Source
 from pattern_bench.data.splits import GlobalBatches, Split, Unreadable, joined, make_splits
 from pattern_bench.errors import UserError, did_you_mean
+from pattern_bench.launch import threads_as_alone
 from pattern_bench.learning import Learner
 from pattern_bench.models.source import ModelSource, Training, fingerprint
 from pattern_bench.partial import Partial
@@ -282,7 +283,9 @@ def _train_here(setup: Setup, model: nn.Module, training: Training, bar: Bar) ->
         alone = {"devices": 1, "num_nodes": 1, "strategy": SingleDeviceStrategy(device)}
         trainer = setup.trainer(bar, every_epoch, max_epochs=training.epochs, **alone)
         loader = images.shuffled(batches, setup.source.workers)
-        if not fits(lambda: trainer.fit(learner, loader, ckpt_path=last, weights_only=True)):
+        with threads_as_alone():
+            done = fits(lambda: trainer.fit(learner, loader, ckpt_path=last, weights_only=True))
+        if not done:
             raise learner.too_small("the model and what Adam keeps of it")
         setup.cache.save("models", key, model.state_dict(), setup.names)
 

@@ -30,7 +30,7 @@ def make_trainer(settings: DictConfig, callbacks: list[pl.Callback], **more: Any
         UserError: where the settings are not possible on this machine.
     """
     given: Mapping[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
-    own: dict[str, Any] = {"plugins": [_environment()]}
+    own: dict[str, Any] = {"plugins": [_environment()], "strategy": "auto"}
     if number_from_outside() is not None:
         own["strategy"] = DDPStrategy(timeout=LONGEST_WAIT)
     try:

@@ -16,6 +16,7 @@ import torch
 from conftest import brute_neuron
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 from pattern_bench import criterion, fitting, halving
@@ -28,6 +29,7 @@ from pattern_bench.data.source import TensorPool
 from pattern_bench.data.splits import Batch, GlobalBatches, make_splits
 from pattern_bench.errors import UserError
 from pattern_bench.job import run
+from pattern_bench.launch import launch
 from pattern_bench.learning import Learner, ReaderDescent
 from pattern_bench.models.source import Training
 from pattern_bench.streams import (
@@ -202,17 +204,41 @@ def failing(monkeypatch):
     return install
 
 
-class AtCall:
-    """Runs out of memory at one call, counted from 1."""
+class AtCall(TorchFunctionMode):
+    """Within, memory runs out in one of torch's functions, counted from 1. Those in place take none."""
 
-    calls = at = 0
-
-    def __call__(self, _):
-        self.calls += 1
-        return self.calls == self.at
-
-    def start(self, at):
+    def __init__(self, at):
+        super().__init__()
         self.calls, self.at = 0, at
+
+    def __torch_function__(self, function, types, arguments=(), settings=None):
+        name = getattr(function, "__name__", "")
+        in_place = name.startswith("__i") or (name.endswith("_") and not name.startswith("__"))
+        if not in_place:
+            self.calls += 1
+            if self.calls == self.at:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return function(*arguments, **settings or {})
+
+
+@pytest.fixture
+def at_call(monkeypatch):
+    """Lets the attempts of ``place`` run out at one call, counted over all of them; returns what counts."""
+
+    def install(place, at):
+        mode = AtCall(at)
+
+        def in_mode(attempt):
+            def within():
+                with mode:
+                    attempt()
+
+            return fits(within)
+
+        monkeypatch.setattr(place, in_mode)
+        return mode
+
+    return install
 
 
 def sums(layer, x, gram, positions, memory=2**30):
@@ -228,16 +254,15 @@ def sums(layer, x, gram, positions, memory=2**30):
 
 @pytest.mark.parametrize("gram", [True, False])
 @pytest.mark.parametrize("positions", [1.0, 0.5])
-def test_a_collector_may_run_out_at_every_allocation(layer_and_input, gram, positions, failing, monkeypatch):
-    """In each sum in turn: at the n-th allocation of the pass, for every n."""
+def test_a_collector_may_run_out_at_every_call(layer_and_input, gram, positions, at_call, monkeypatch):
+    """In each sum in turn: in the n-th of torch's functions, for every n."""
     monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 2)
     layer, x = layer_and_input
-    plain, out = sums(layer, x, gram, positions), AtCall()
-    failing(out)
-    while out.at <= out.calls:
-        out.start(out.at + 1)
+    plain, mode = sums(layer, x, gram, positions), AtCall(0)
+    while mode.at <= mode.calls:
+        mode = at_call("pattern_bench.core.collector.fits", mode.at + 1)
         assert_same(sums(layer, x, gram, positions), plain)
-    assert out.at > 10
+    assert mode.at > 50
 
 
 @pytest.mark.parametrize("place", PLACES[:6])
@@ -263,16 +288,15 @@ def test_a_collector_halves_until_it_fits(place, failing, monkeypatch):
     assert min(met) <= 2
 
 
-def test_a_gram_matrix_in_rows_may_run_out_between_them(failing):
+def test_a_gram_matrix_in_rows_may_run_out_between_them(at_call):
     """As of a wide dense layer: what its first rows have, they do not get again."""
     layer = nn.Linear(40, 2).double().requires_grad_(False)
     x = torch.randn(16, 40, dtype=torch.float64)
-    plain, out = sums(layer, x, True, 1.0, memory=5000), AtCall()
-    failing(out, ["torch.matmul"])
-    for call in range(1, 20):
-        out.start(call)
-        assert_same(sums(layer, x, True, 1.0, memory=5000), plain)
-    assert out.calls == 16  # 4 times 4 rows in parts of 4 images
+    plain, mode = sums(layer, x, True, 1.0, memory=5000), AtCall(0)
+    while mode.at <= mode.calls:
+        mode = at_call("pattern_bench.core.collector.fits", mode.at + 1)
+        assert_same(sums(layer, x, True, 1.0, memory=5000), plain)  # 4 times 4 rows in parts of 4 images
+    assert mode.at > 50
 
 
 @pytest.mark.parametrize(("positions", "layers"), [(1.0, LAYERS), (0.5, ["first", "last"])])
@@ -362,6 +386,21 @@ def test_every_stream_goes_on_with_what_fits(net, images, kind, room, caplog):
     ][: 2 if room == 3 else 3]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [("reading", "pattern_bench.streams.fits"), *((kind, "pattern_bench.halving.fits") for kind in STREAMS[1:])],
+)
+def test_every_stream_may_run_out_at_any_call(net, images, kind, place, at_call):
+    plain = shown(stream_of(kind, net, images), images, size=10)
+    mode = at_call(place, 0)
+    shown(stream_of(kind, net, images), images, size=10)
+    for at in range(1, mode.calls + 1, 1 + mode.calls // 12):
+        stream = stream_of(kind, net, images)
+        at_call(place, at)
+        assert_same(shown(stream, images, size=10).state(), plain.state())
+        assert stream.most in (5, 4)  # of 10 or of the last 9
+
+
 @pytest.mark.parametrize("kind", STREAMS)
 def test_every_stream_says_what_helps_a_single_image(net, images, kind):
     stream = stream_of(kind, net, images)
@@ -390,6 +429,24 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         return self.last(self.tight(self.norm(self.first(x)).relu()).flatten(1))
+
+
+def test_a_step_may_run_out_at_every_call(images, at_call):
+    """On the way there, on the way back, and where gradients are added up."""
+    targets, mode, plain = torch.arange(18) % 5, AtCall(0), None
+    while mode.at <= mode.calls:
+        mode = at_call("pattern_bench.halving.fits", mode.at + 1)
+        model = Classifier(False)
+        model.tight.room = 10
+
+        def loss(part, model=model):
+            return nn.functional.cross_entropy(model(images[part]), targets[part], reduction="sum")
+
+        Learner(model, Training(1, 0.1, 18), False, GlobalBatches(18, 18, 0)).descend(18, loss).backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        plain = plain or found
+        assert_same(found, plain)
+    assert mode.at > 20
 
 
 @pytest.mark.parametrize("room", [1000, 5, 1])
@@ -524,16 +581,20 @@ def tables_of(folder):
     return pd.read_csv(folder / "rho.csv"), pd.read_csv(folder / "degradation.csv")
 
 
-def test_a_job_without_memory_enough_is_complete_and_equal(trained, run_job, own_cache, tmp_path, monkeypatch, caplog):
-    """Training too; what it takes from there starts from the same weights."""
-    pool = nn.MaxPool2d.forward
+def cramped(forward):
+    """A module's forward, with room for five images."""
 
-    def forward(self, x):
+    def attempt(self, x):
         if len(x) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return pool(self, x)
+        return forward(self, x)
 
-    monkeypatch.setattr(nn.MaxPool2d, "forward", forward)
+    return attempt
+
+
+def test_a_job_without_memory_enough_is_complete_and_equal(trained, run_job, own_cache, tmp_path, monkeypatch, caplog):
+    """Training too; what it takes from there starts from the same weights."""
+    monkeypatch.setattr(nn.MaxPool2d, "forward", cramped(nn.MaxPool2d.forward))
     folder = run_job(*SMALL, own_cache)
     for mine, plain in zip(tables_of(folder), tables_of(trained[0]), strict=True):
         pd.testing.assert_frame_equal(mine, plain, rtol=1e-6, atol=1e-6)
@@ -645,6 +706,11 @@ def test_training_that_diverges_names_its_learning_rate(images):
         fitted(Learner(model, Training(3, 0.1, 8), False, GlobalBatches(19, 8, 0)), images)
 
 
+def spoilt(image, broken):
+    """A pool's ``image``, which is NaN for one of them."""
+    return lambda self, index: image(self, index) * torch.nan if index == broken else image(self, index)
+
+
 @pytest.mark.parametrize("probe", ["closed_form", "sgd"])
 def test_what_was_finished_before_an_image_that_is_no_number_is_kept(
     trained, configure, own_cache, tmp_path, probe, monkeypatch
@@ -656,13 +722,8 @@ def test_what_was_finished_before_an_image_that_is_no_number_is_kept(
     job = [*SMALL, own_cache, f"model.weights={weights}", f"probe={probe}"]
     folder = tmp_path / "run"
     folder.mkdir()
-    image = TensorPool.image
-
-    def damaged(self, index):
-        return image(self, index) * torch.nan if index == broken else image(self, index)
-
     with monkeypatch.context() as patch:
-        patch.setattr(TensorPool, "image", damaged)
+        patch.setattr(TensorPool, "image", spoilt(TensorPool.image, broken))
         message = r"layer features.0: NaN or Inf in its input or output, for the batch of images .* of the split: mend"
         with pytest.raises(UserError, match=message):
             run(configure(*job), folder)
@@ -845,3 +906,29 @@ def test_a_clock_that_jumps_changes_nothing(trained, run_job, own_cache, monkeyp
     for name in ("rho.csv", "degradation.csv", "accuracy.json", "splits.csv"):
         assert (folder / name).read_bytes() == (trained[0] / name).read_bytes()
     assert all(0 <= seconds < 600 for seconds in summary_of(folder)["seconds"].values())
+
+
+# --- several processes ---
+
+
+def with_little_memory(cfg, folder):
+    """The job, whose second process has room for five images."""
+    if os.environ["RANK"] == "1":
+        nn.MaxPool2d.forward = cramped(nn.MaxPool2d.forward)
+    run(cfg, folder)
+
+
+@pytest.mark.slow
+def test_a_process_that_runs_out_of_memory_does_not_hold_up_the_others(configure, own_cache, tmp_path, monkeypatch):
+    """Its part of each step is taken in parts, and the step is that of one process without memory enough."""
+    folders = [tmp_path / name for name in ("two", "one")]
+    for folder in folders:
+        folder.mkdir()
+    job = [*SMALL, "probe=both", "probe.steps=20", own_cache]
+    launch(with_little_memory, configure(*job, "trainer=ddp_cpu"), folders[0])
+    monkeypatch.setattr(nn.MaxPool2d, "forward", cramped(nn.MaxPool2d.forward))
+    run(configure(*job), folders[1])
+    two, one = map(tables_of, folders)
+    assert set(two[0].probe) == {"closed_form", "sgd"}
+    for mine, expected in zip(two, one, strict=True):
+        pd.testing.assert_frame_equal(mine, expected, rtol=1e-4, atol=1e-4)
