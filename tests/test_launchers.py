@@ -4,6 +4,8 @@ Those marked slurm run on a real Slurm of one node, which ``tests/slurm/cluster.
 marked ray on a real Ray on this machine.
 """
 
+import functools
+import json
 import os
 import re
 import subprocess
@@ -22,8 +24,9 @@ from pattern_bench.__main__ import CONF
 SLURM = Path(__file__).parent / "slurm"
 ESTIMATORS = ["w", "a", "a_plus_minus"]
 QUICK = ["logger=none", "data.limit=300", "model.training.epochs=4", "degradation.images=8"]
-# goes on for some ten seconds after patterns.safetensors is there
-LONG = ["estimator=a", "logger=none", "bootstrap.resamples=30"]
+# after patterns.safetensors is there, goes on for some ten seconds
+CLOSED_FORM = ["estimator=a", "bootstrap.resamples=30"]
+DESCENT = ["estimator=a", "probe=sgd", "probe.steps=300"]
 ON_SLURM = ["hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=2"]
 
 
@@ -93,9 +96,9 @@ def test_a_sweep_leaves_what_the_jobs_one_after_the_other_leave(command, launche
 
 
 def test_a_job_that_fails_is_one_message_and_the_others_are_complete(command, launcher, tmp_path):
-    done = command("-m", "estimator=w", "layer=classifier.3,nonsense", *QUICK, *launcher)
+    done = command("-m", "estimator=w", "allow_any_target=false,perhaps", *QUICK, *launcher)
     assert done.returncode == 1
-    assert done.stderr.count("error: layer=nonsense matches no layer") == 1
+    assert done.stderr.count("error: allow_any_target=perhaps is not possible") == 1
     assert "Traceback" not in done.stderr + done.stdout
     (sweep,) = (tmp_path / "runs").glob("*/*")
     assert (sweep / "0-small_vgg-w" / "summary.json").is_file()
@@ -146,55 +149,74 @@ def send_usr1(job):
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
 
 
+def send_usr1_to_the_script(job):
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
+
+
 def preempt(job):
     """By a job in a partition of higher priority, for which Slurm sends SIGTERM and, five seconds later, SIGKILL."""
     subprocess.run(["srun", "--quiet", "--partition=urgent", "--exclusive", "true"], check=True)
-    # Slurm lets a preempted job wait for a minute.
-    wait_for(lambda: queue() == [job, "PENDING"])
-    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+    assert queue()[0] == job
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cache_dir, tmp_path_factory):
+    """Runs a job in a process with one thread, as it has on the cluster; returns its folder."""
+
+    @functools.cache
+    def run(*overrides):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        environment = {**os.environ, "PATTERN_BENCH_CACHE": str(cache_dir), "OMP_NUM_THREADS": "1"}
+        job = ["logger=none", f"hydra.run.dir={folder}", *overrides]
+        subprocess.run([sys.executable, "-m", "pattern_bench", *job], env=environment, check=True)
+        return folder
+
+    return run
 
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("interrupt", [send_usr1, preempt])
 def test_an_interrupted_job_goes_back_to_the_queue_and_ends_as_an_undisturbed_one(
-    cluster, cache_dir, run_job, tmp_path, interrupt
+    cluster, cache_dir, undisturbed, tmp_path, interrupt
 ):
-    expected = run_job(*LONG)
+    """With the default logger, whose own process gets the signals too."""
+    expected = undisturbed(*DESCENT)
     sweep = subprocess.Popen(
-        [sys.executable, "-m", "pattern_bench", "-m", *LONG, *ON_SLURM],
+        [sys.executable, "-m", "pattern_bench", "-m", *DESCENT, *ON_SLURM],
         cwd=tmp_path, env={**os.environ, "PATTERN_BENCH_CACHE": str(cache_dir)}, stdin=subprocess.DEVNULL,
     )  # fmt: skip
-    (patterns,) = wait_for(lambda: [*tmp_path.glob("runs/*/*/0-small_vgg-a/patterns.safetensors")])
-    folder = patterns.parent
-    assert not (folder / "summary.json").exists()
+    state = wait_for(lambda: [*tmp_path.glob("runs/*/*/0-small_vgg-a/partial/readers-*.ckpt")])[0]
+    folder = state.parent.parent
     interrupt(queue()[0])
+    assert state.exists()
+    assert not (folder / "summary.json").exists()
     assert sweep.wait(timeout=240) == 0
     assert (folder / "summary.json").is_file()
     assert [*tmp_path.glob("runs/*/*/*-small_vgg-*")] == [folder]
     (log,) = folder.parent.glob(".submitit/*/*_log.out")
-    starts = len(re.findall(r"INFO .* Starting with", log.read_text()))
-    assert starts == 2
-    compare(folder, expected, "rho.csv", "degradation.csv", "bootstrap.csv")
+    assert len(re.findall(r"INFO .* Starting with", log.read_text())) == 2
+    compare(folder, expected, "rho.csv", "degradation.csv")
 
 
 @pytest.mark.slurm
-@pytest.mark.skipif(not (CONF / "trainer" / "ddp_cpu.yaml").exists(), reason="there is no trainer=ddp_cpu yet")
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_batch_script_of_two_processes(cluster, cache_dir, run_job, tmp_path, monkeypatch, interrupted):
-    expected = run_job(*LONG)
-    monkeypatch.setenv("PATTERN_BENCH_CACHE", str(cache_dir))
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+@pytest.mark.parametrize("interrupt", [None, send_usr1_to_the_script, preempt])
+def test_a_batch_script_of_two_processes(cluster, cache_dir, undisturbed, tmp_path, interrupt):
+    expected = undisturbed(*CLOSED_FORM)
+    python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     job = subprocess.check_output(
-        ["sbatch", "--parsable", SLURM / "ddp.sbatch", *LONG], cwd=tmp_path, env=environment, text=True
-    ).strip()
+        ["sbatch", "--parsable", SLURM / "ddp.sbatch", *CLOSED_FORM],
+        cwd=tmp_path, env={**os.environ, "PATTERN_BENCH_CACHE": str(cache_dir), "PATH": python}, text=True,
+    ).strip()  # fmt: skip
     folder = tmp_path / "runs" / f"slurm-{job}"
-    if interrupted:
+    if interrupt:
         wait_for((folder / "patterns.safetensors").is_file)
+        interrupt(job)
         assert not (folder / "summary.json").exists()
-        subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
     wait_for(lambda: not queue())
     said = (tmp_path / f"slurm-{job}.out").read_text()
     assert (folder / "summary.json").is_file(), said
-    assert ("DUE TO JOB REQUEUE" in said) == interrupted
+    assert json.loads((folder / "summary.json").read_text())["processes"] == 2
+    assert said.count("prepare data and model") == 1 + bool(interrupt), said
+    assert said.count("results: ") == 1
     assert [*(tmp_path / "runs").iterdir()] == [folder]
     compare(folder, expected, "rho.csv", "degradation.csv", "bootstrap.csv")

@@ -58,7 +58,7 @@ EnforcePartLimits=ALL
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerParameters=bf_interval=1,batch_sched_delay=0
+SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
 JobRequeue=1
 KillWait=5
 PreemptType=preempt/partition_prio
