@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pattern_bench.config import check_complete
 from pattern_bench.errors import UserError
 from pattern_bench.launch import Job, cannot_use, launch, number_from_outside
+from pattern_bench.launchers import message_for, one_job
 
 HERE = Path(__file__).parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
@@ -33,7 +34,8 @@ def start(job: Job, cfg: DictConfig) -> None:
     """Runs ``job`` in Hydra's folder, in as many processes as ``cfg.trainer`` says."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    launch(job, cfg, folder, OmegaConf.to_container(hydra_config.job_logging, resolve=True))
+    with one_job():
+        launch(job, cfg, folder, OmegaConf.to_container(hydra_config.job_logging, resolve=True))
     outside = number_from_outside()
     if outside is None or outside[0] == 0:
         print(f"results: {folder}")
@@ -85,6 +87,8 @@ def command_line(command: Callable[[], None]) -> None:
     """Runs a Hydra command. A mistake of the user's gets a message and exit code 1, anything else a traceback."""
     # Hydra's own handler would show a traceback for every exception that is not its own.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    # hydra/launcher=ray would report to Ray's makers.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         sys.argv[1:] = arguments(sys.argv[1:])
         command()
@@ -99,6 +103,10 @@ def command_line(command: Callable[[], None]) -> None:
         sys.exit(f"error: {cannot_use(error)}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except Exception as error:
+        if (message := message_for(error)) is None:
+            raise
+        sys.exit(f"error: {message}")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -11,6 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from pattern_bench.errors import UserError
 from pattern_bench.importing import located
+
+# The files in conf/hydra/launcher are meant to have the names of the plugins' own configurations, and to be checked
+# against them. A worker process, too, comes by here before it composes its job.
+warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema", UserWarning)
 
 PACKAGES = ("pattern_bench", "torch", "torchvision", "timm")
 """What a configuration may name classes of, unless ``allow_any_target`` is true."""
