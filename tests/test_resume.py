@@ -186,7 +186,7 @@ def test_a_state_of_other_settings_is_not_taken_up(interrupted, run_job, tmp_pat
     assert list((folder / "partial").glob("fit-0-0-of-1.safetensors"))
     other = [*SMALL, "seed=5", elsewhere]
     assert not interrupted(folder, -1, *other)
-    assert same(run_job(*other), folder) == []
+    assert same(run_job(*other[:-1], f"cache.dir={tmp_path / 'other'}"), folder) == []
 
 
 def test_a_damaged_state_is_said_and_begun_again(interrupted, run_job, tmp_path, caplog):
@@ -197,7 +197,7 @@ def test_a_damaged_state_is_said_and_begun_again(interrupted, run_job, tmp_path,
     state.write_bytes(state.read_bytes()[:-100])
     assert not interrupted(folder, -1, *SMALL, elsewhere)
     assert "is damaged" in caplog.text
-    assert same(run_job(*SMALL), folder) == []
+    assert same(run_job(*SMALL, f"cache.dir={tmp_path / 'other'}"), folder) == []
 
 
 def test_keeping_takes_its_share_of_the_time_at_most(tmp_path, monkeypatch):
