@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -85,6 +86,8 @@ def _key(override: str) -> str:
 
 def command_line(command: Callable[[], None]) -> None:
     """Runs a Hydra command. A mistake of the user's gets a message and exit code 1, anything else a traceback."""
+    # On a full disk, a line that has no room in the log file is not to be a traceback.
+    logging.raiseExceptions = False
     # Hydra's own handler would show a traceback for every exception that is not its own.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     # hydra/launcher=ray would report to Ray's makers.

@@ -19,7 +19,7 @@ from pattern_bench.errors import UserError
 from pattern_bench.files import checksum
 from pattern_bench.methods.base import Method, create, kind_of
 from pattern_bench.methods.patterns import LrpZ, PatternAttribution, PatternNet
-from pattern_bench.passes import met, stream_over
+from pattern_bench.passes import Met, met, stream_over
 from pattern_bench.preparation import Setup
 from pattern_bench.progress import Bar
 from pattern_bench.streams import AccuracyStream, DegradationStream, ExplanationStream, RowStream
@@ -55,16 +55,18 @@ def why_no_explanation(setup: Setup) -> str | None:
     return None
 
 
-def measure_accuracy(setup: Setup, bar: Bar) -> dict[str, Any]:
-    """Top-1 and top-5 accuracy on the validation images."""
+def measure_accuracy(setup: Setup, bar: Bar) -> tuple[dict[str, Any], Met]:
+    """Top-1 and top-5 accuracy on the validation images, or why there is none; and the images met."""
     split = setup.splits["validation"]
     stream = AccuracyStream(setup.model)
     bar.start(0)
     partial = setup.partial("accuracy", model=setup.model_key, images=split.fingerprint)
     stream_over(setup, stream, split, partial, bar)
-    images = met(split, stream.seen).images
+    found = met(split, stream.seen)
+    if not found.images:
+        return {"skipped": f"none of the {len(split)} validation images can be read"}, found
     top1, top5 = ranks.total(stream.right).tolist()
-    return {"top1": top1 / max(1, images), "top5": top5 / max(1, images), "images": images}
+    return {"top1": top1 / found.images, "top5": top5 / found.images, "images": found.images}, found
 
 
 def check(setup: Setup) -> None:
@@ -135,8 +137,10 @@ def curve_name(setup: Setup, method: str) -> str:
     return ", ".join(parts)
 
 
-def explain(setup: Setup, patterns: Mapping[str, Pattern], bar: Bar) -> tuple[Tensor, dict[str, Tensor], list[str]]:
-    """The first validation images, their explanations by title, and a caption for each.
+def explain(
+    setup: Setup, patterns: Mapping[str, Pattern], bar: Bar
+) -> tuple[tuple[Tensor, dict[str, Tensor], list[str]], Met]:
+    """The first validation images, their explanations by title, and a caption for each; and the images met.
 
     Raises:
         UserError: where none of the images can be read.
@@ -151,7 +155,7 @@ def explain(setup: Setup, patterns: Mapping[str, Pattern], bar: Bar) -> tuple[Te
     methods[title] = method
     stream = ExplanationStream(setup.model, len(split), methods)
     # One image at a time: some methods take minutes for each.
-    rows = _rows(setup, stream, split, "explain", patterns, bar, batch_size=1)
+    rows, found = _rows(setup, stream, split, "explain", patterns, bar, batch_size=1)
     if "images" not in rows:
         raise UserError("none of the first validation images can be read: give more (explanation.images)")
     captions = [
@@ -160,7 +164,7 @@ def explain(setup: Setup, patterns: Mapping[str, Pattern], bar: Bar) -> tuple[Te
             rows["predicted"].tolist(), rows["confidence"].tolist(), rows["targets"].tolist(), strict=True
         )
     ]
-    return rows["images"], {title: rows[f"explanation/{title}"] for title in methods}, captions
+    return (rows["images"], {title: rows[f"explanation/{title}"] for title in methods}, captions), found
 
 
 def _rows(
@@ -172,8 +176,8 @@ def _rows(
     bar: Bar,
     batch_size: int | None,
     **more: Any,
-) -> dict[str, Tensor]:
-    """The stream's rows of all images that can be read, from all processes, by name."""
+) -> tuple[dict[str, Tensor], Met]:
+    """The stream's rows of all images that can be read, from all processes, by name; and the images met."""
     used = {f"{layer}/{part}": tensor for layer, p in patterns.items() for part, tensor in vars(p).items()}
     partial = setup.partial(
         stage, model=setup.model_key, images=split.fingerprint, patterns=checksum(used, {}), seed=setup.cfg.seed,
@@ -181,7 +185,7 @@ def _rows(
     )  # fmt: skip
     bar.start(0)
     stream_over(setup, stream, split, partial, bar, batch_size)
-    return _joined_rows(stream)
+    return _joined_rows(stream), met(split, stream.seen)
 
 
 def _joined_rows(stream: RowStream) -> dict[str, Tensor]:
@@ -189,7 +193,7 @@ def _joined_rows(stream: RowStream) -> dict[str, Tensor]:
     known = ranks.total(stream.known.to(torch.int32)).bool()
     # A process without images knows neither names nor shapes: it learns them from one that does.
     described = {name: [str(rows.dtype).removeprefix("torch."), list(rows.shape)] for name, rows in stream.rows.items()}
-    described = json.loads(ranks.text_from_any(json.dumps(described) if described else ""))
+    described = json.loads(ranks.text_from_any(json.dumps(described) if described else "") or "{}")
     found = {}
     for name, (kind, shape) in described.items():
         mine = stream.rows.get(name)
@@ -213,8 +217,8 @@ def patch_and_steps(setup: Setup) -> tuple[int, int]:
     return patch, steps
 
 
-def degrade(setup: Setup, patterns: Mapping[str, Pattern], bar: Bar) -> dict[str, Tensor]:
-    """Degradation curves by method, (images, steps + 1).
+def degrade(setup: Setup, patterns: Mapping[str, Pattern], bar: Bar) -> tuple[dict[str, Tensor], Met]:
+    """Degradation curves by method, (images, steps + 1); and the images met.
 
     Raises:
         UserError: where none of the images can be read.
@@ -230,10 +234,11 @@ def degrade(setup: Setup, patterns: Mapping[str, Pattern], bar: Bar) -> dict[str
         setup.model, {method.name: method}, patch, steps, order, how.order, how.replacement, how.value
     )
     protocol = {"patch": patch, "steps": steps, "order": how.order, "replacement": how.replacement, "value": how.value}
-    curves = _rows(setup, stream, split, "degrade", patterns, bar, 1 if method.many_passes else None, **protocol)
+    size = 1 if method.many_passes else None
+    curves, found = _rows(setup, stream, split, "degrade", patterns, bar, size, **protocol)
     if not curves:
         raise UserError(f"none of the first {len(split)} validation images can be read: mend the files")
-    return {curve_name(setup, name): curves[name] for name in ("random_order", method.name)}
+    return {curve_name(setup, name): curves[name] for name in ("random_order", method.name)}, found
 
 
 def area_by_method(curves: Mapping[str, Tensor]) -> dict[str, float]:

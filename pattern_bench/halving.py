@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import ClassVar
 
 import torch
 
-from pattern_bench.core.memory import fits
+from pattern_bench.core.memory import fits, is_out_of_memory
 from pattern_bench.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Within, memory that runs out where nothing can be taken in parts is one clear error.
+
+    Raises:
+        UserError: instead of torch's or Python's own.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory ({str(error).partition(chr(10))[0]}): select fewer layers (layer), or use a machine with "
+            "more of it; what is computed so far is kept, and resume=DIR takes this run up again"
+        ) from error
 
 
 class Halving:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from pattern_bench import criterion, explanations, figures, fitting, ranks, results
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.data.splits import SPLITS
+from pattern_bench.halving import enough_memory
 from pattern_bench.methods.base import kind_of
 from pattern_bench.passes import Met
 from pattern_bench.preparation import Setup, layer_setting, prepare
@@ -29,7 +30,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     Raises:
         UserError: for what the user can mend.
     """
-    with joined(cfg.trainer):
+    with enough_memory(), joined(cfg.trainer):
         shown = Stages()
         folder = Path(ranks.text_from_any(str(folder) if ranks.first() else ""))
         if is_complete(cfg, folder, SUMMARY):
@@ -51,22 +52,26 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
     unreadable: set[str] = set()
     record.csv("splits.csv", results.split_table(setup.splits, unreadable))
 
-    accuracy: dict[str, Any] = {**names}
-    reason = explanations.why_no_accuracy(setup)
-    if reason is None:
-        with shown.run("accuracy", "accuracy on the validation images") as bar:
-            accuracy |= explanations.measure_accuracy(setup, bar)
-        record.metrics({"accuracy/top1": accuracy["top1"], "accuracy/top5": accuracy["top5"]})
-    else:
-        shown.skip("accuracy", "accuracy on the validation images", reason)
-        accuracy["skipped"] = reason
-    record.json("accuracy.json", accuracy)
-
     def meet(met: Met) -> None:
         if fresh := [name for name in met.unreadable if name not in unreadable]:
             some = ", ".join(fresh[:5]) + (" …" if len(fresh) > 5 else "")
             shown.console.print(f"{len(fresh)} images cannot be read and are left out: {some}")
             unreadable.update(fresh)
+
+    accuracy: dict[str, Any] = {**names}
+    reason = explanations.why_no_accuracy(setup)
+    if reason is None:
+        with shown.run("accuracy", "accuracy on the validation images") as bar:
+            measured, met = explanations.measure_accuracy(setup, bar)
+        meet(met)
+        accuracy |= measured
+        reason = measured.get("skipped")
+    if reason is None:
+        record.metrics({"accuracy/top1": accuracy["top1"], "accuracy/top5": accuracy["top5"]})
+    else:
+        shown.skip("accuracy", "accuracy on the validation images", reason)
+        accuracy["skipped"] = reason
+    record.json("accuracy.json", accuracy)
 
     def collect(split: str, name: str, title: str, gram: bool) -> fitting.SplitMoments:
         with shown.run(name, title) as bar:
@@ -117,7 +122,6 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
             shown.skip(name, title, why)
         record.tensors("patterns.safetensors", {}, {**names, "estimator": estimator.name, "reason": why})
     record.csv("rho.csv", rho)
-    record.csv("splits.csv", results.split_table(setup.splits, unreadable))
     rho_summary = results.summarise_rho(rho[rho.probe == criterion.probes(setup)[0]], bootstrap)
     record.metrics(
         {
@@ -137,13 +141,15 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
     reason = explanations.why_no_explanation(setup)
     if reason is None:
         with shown.run("explain", "explain validation images") as bar:
-            shown_images = explanations.explain(setup, shaped, bar)
+            shown_images, met = explanations.explain(setup, shaped, bar)
+        meet(met)
         record.picture(
             "figures/explanations", "explanations.png", lambda file: figures.draw_explanations(*shown_images, file)
         )
         patch, steps = explanations.patch_and_steps(setup)
         with shown.run("degrade", "image degradation") as bar:
-            curves = explanations.degrade(setup, shaped, bar)
+            curves, met = explanations.degrade(setup, shaped, bar)
+        meet(met)
         areas, intervals = explanations.area_by_method(curves), explanations.area_intervals(setup, curves)
         who = estimator.name if explanations.chosen_method(setup)[1] else "none"
         degradation = results.degradation_rows(curves, setup.model_name, setup.source.name, who)
@@ -155,6 +161,7 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
     for method, step, probability in degradation[["method", "step", "probability_mean"]].itertuples(index=False):
         record.metrics({f"degradation/{method}": probability}, step=int(step))
     record.metrics({f"area_over_curve/{method}": area for method, area in areas.items()})
+    record.csv("splits.csv", results.split_table(setup.splits, unreadable))
 
     summary = {
         **names,

@@ -8,10 +8,12 @@ torchrun, or Slurm's srun.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import logging.config
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -80,7 +82,7 @@ def launch(job: Job, cfg: DictConfig, folder: Path, log_config: Any = None) -> N
                 f"trainer.devices={here} on trainer.num_nodes={nodes} makes {wanted} processes, but {outside[1]} were "
                 "started: give the numbers that torchrun or srun was given"
             )
-        job(cfg, folder)
+        _reporting(job)(cfg, folder)
     elif nodes > 1:
         raise UserError(
             f"trainer.num_nodes={nodes} needs processes on every node: start the command with torchrun or srun, as the "
@@ -89,12 +91,12 @@ def launch(job: Job, cfg: DictConfig, folder: Path, log_config: Any = None) -> N
     elif here > 1 or cfg.trainer.get("strategy") == "ddp":
         _start(here, job, OmegaConf.to_container(cfg, resolve=True), folder, log_config)
     else:
-        job(cfg, folder)
+        _reporting(job)(cfg, folder)
 
 
 def _start(count: int, job: Job, config: Any, folder: Path, log_config: Any) -> None:
     import torch
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -102,27 +104,38 @@ def _start(count: int, job: Job, config: Any, folder: Path, log_config: Any) -> 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    how = LaunchConfig(
-        1, 1, count, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
-        max_restarts=0, shutdown_timeout=SECONDS_TO_CLOSE,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="pattern_bench-") as notes:
+        how = LaunchConfig(
+            1, 1, count, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1", max_restarts=0, shutdown_timeout=SECONDS_TO_CLOSE,
+            logs_specs=DefaultLogsSpecs(notes),
+        )  # fmt: skip
+        try:
+            with _as_before(), _one_thread_each(), _interrupts_for_the_parent():
+                arguments = job, config, str(folder), log_config, os.getpid(), torch.get_num_threads()
+                elastic_launch(how, _process)(*arguments)
+        except SignalException as stop:
+            if stop.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + stop.sigval) from None
+        except ChildFailedError as error:
+            # A process that loses another fails too, and may be heard first: all that was said is looked through.
+            for message in map(_message, Path(notes).glob("**/error.json")):
+                if message.startswith("UserError: "):
+                    raise UserError(message.removeprefix("UserError: ")) from None
+            number, failure = error.get_first_failure()
+            # A text where a signal ended the process; else what ``record`` wrote.
+            told: Any = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
+            trace = told.get("extraInfo", {}).get("py_callstack", told["message"])
+            raise RuntimeError(f"process {number} of {count} failed: {trace}") from None
+
+
+def _message(note: Path) -> str:
+    """What a process that failed left as its message."""
     try:
-        with _as_before(), _one_thread_each(), _interrupts_for_the_parent():
-            arguments = job, config, str(folder), log_config, os.getpid(), torch.get_num_threads()
-            elastic_launch(how, _process)(*arguments)
-    except SignalException as stop:
-        if stop.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise SystemExit(128 + stop.sigval) from None
-    except ChildFailedError as error:
-        number, failure = error.get_first_failure()
-        # A text where a signal ended the process; else what ``record`` wrote.
-        found: Any = failure.message
-        told = found if isinstance(found, dict) else {"message": found}
-        if told["message"].startswith("UserError: "):
-            raise UserError(told["message"].removeprefix("UserError: ")) from None
-        trace = told.get("extraInfo", {}).get("py_callstack", told["message"])
-        raise RuntimeError(f"process {number} of {count} failed: {trace}") from None
+        return str(json.loads(note.read_text())["message"]["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _process(job: Job, config: Any, folder: str, log_config: Any, parent: int, threads: int) -> None:
@@ -137,6 +150,7 @@ def _process(job: Job, config: Any, folder: str, log_config: Any, parent: int, t
     if os.getppid() != parent:
         raise SystemExit(1)
     _threads_alone = threads
+    logging.raiseExceptions = False  # as in the parent
     for name in ("SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     if os.environ["RANK"] != "0":
@@ -151,7 +165,7 @@ def _reporting(job: Job) -> Job:
         try:
             job(cfg, folder)
         except OSError as error:
-            raise UserError(cannot_use(error)) from error
+            raise UserError(cannot_use(error, folder)) from error
         except RuntimeError as error:
             if "gloo" in str(error) or "NCCL" in str(error):
                 # Another process is gone, and what became of it is what the user needs to know.
@@ -161,9 +175,10 @@ def _reporting(job: Job) -> Job:
     return run
 
 
-def cannot_use(error: OSError) -> str:
-    """A message for what the disk refused."""
-    where = f" {error.filename}" if error.filename else ""
+def cannot_use(error: OSError, folder: Path | None = None) -> str:
+    """A message for what the disk refused, most likely in ``folder``."""
+    place = error.filename or folder
+    where = f" {place}" if place else ""
     return f"cannot use{where} ({error.strerror or error}): free space, or choose another hydra.run.dir"
 
 

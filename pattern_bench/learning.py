@@ -217,7 +217,7 @@ class Learner(Descending):
         self.model, self.settings, self.regression, self.seed = model, training, regression, batches.seed
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor | None:
-        if batch.images is None:
+        if batch.images is None or (len(batch.images) == 1 and self.batch_norms()):  # one image has no variance
             return None
         images, targets = batch.images, batch.targets
         # Not once an epoch: Lightning draws too, between an epoch's start and its first batch, but for the first epoch.
@@ -240,9 +240,12 @@ class Learner(Descending):
             )
         return total
 
+    def batch_norms(self) -> list[str]:
+        """Names of the layers that take statistics of a batch."""
+        return [name for name, module in self.model.named_modules() if isinstance(module, _BatchNorm)]
+
     def halve(self, images: int) -> None:
-        norms = [name for name, module in self.model.named_modules() if isinstance(module, _BatchNorm)]
-        if norms:
+        if norms := self.batch_norms():
             raise UserError(
                 f"{self.setting}={self.settings.batch_size}: out of memory with {images} images at once, and batch "
                 f"norm ({norms[0]}) would take other statistics from parts of a batch: give a smaller one, or use a "

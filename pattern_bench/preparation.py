@@ -36,7 +36,7 @@ from pattern_bench.partial import Partial
 from pattern_bench.progress import Bar, LightningBar
 from pattern_bench.trainer import make_trainer
 
-TRAINING_VERSION = 2
+TRAINING_VERSION = 3
 
 
 @dataclass
@@ -179,6 +179,8 @@ def _check_numbers(cfg: DictConfig) -> None:
             f"criterion={cfg.criterion} has no closed form, since every neuron has samples of its own: give "
             f"probe=sgd, or a criterion of {', '.join(CLOSED_FORM)}"
         )
+    if cfg.seed >= 2**32:
+        raise UserError(f"seed={cfg.seed} is too large for NumPy's generator: give one below 2**32 = {2**32}")
     if cfg.bootstrap.resamples == 1:
         raise UserError("bootstrap.resamples=1 has no spread: give 0 for no bootstrap, or at least 2")
     if cfg.bootstrap.resamples and cfg.probe.name == "sgd":
@@ -283,8 +285,10 @@ def _train_here(setup: Setup, model: nn.Module, training: Training, bar: Bar) ->
         alone = {"devices": 1, "num_nodes": 1, "strategy": SingleDeviceStrategy(device)}
         trainer = setup.trainer(bar, every_epoch, max_epochs=training.epochs, **alone)
         loader = images.shuffled(batches, setup.source.workers)
+        model.train()
         with threads_as_alone():
             done = fits(lambda: trainer.fit(learner, loader, ckpt_path=last, weights_only=True))
+        model.eval()
         if not done:
             raise learner.too_small("the model and what Adam keeps of it")
         setup.cache.save("models", key, model.state_dict(), setup.names)

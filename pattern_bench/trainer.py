@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from pattern_bench.errors import UserError
+from pattern_bench.files import write_file
 from pattern_bench.launch import number_from_outside
+
+log = logging.getLogger(__name__)
 
 LONGEST_WAIT = timedelta(days=7)
 """For the first process, which alone trains models and solves for ρ. One that died is noticed by the launcher."""
@@ -30,7 +36,7 @@ def make_trainer(settings: DictConfig, callbacks: list[pl.Callback], **more: Any
         UserError: where the settings are not possible on this machine.
     """
     given: Mapping[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
-    own: dict[str, Any] = {"plugins": [_environment()], "strategy": "auto"}
+    own: dict[str, Any] = {"plugins": [_environment(), _WholeCheckpoints()], "strategy": "auto"}
     if number_from_outside() is not None:
         own["strategy"] = DDPStrategy(timeout=LONGEST_WAIT)
     try:
@@ -48,6 +54,25 @@ def make_trainer(settings: DictConfig, callbacks: list[pl.Callback], **more: Any
         raise UserError(
             f"{asked} is not possible here ({str(error).splitlines()[0]}): choose another trainer"
         ) from error
+
+
+class _WholeCheckpoints(TorchCheckpointIO):
+    """Lightning writes elsewhere and moves, which on a full disk leaves half a checkpoint and ends training. Here it is
+    whole or the one before, and a disk without room for it costs the checkpoint, not the training."""
+
+    full = False
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        file = Path(path)
+        try:
+            file.parent.mkdir(exist_ok=True)
+            write_file(file, lambda part: part.write_bytes(content.getbuffer()))
+        except OSError as error:
+            if not self.full:
+                log.warning("%s cannot be written (%s): going on without it", file, error.strerror or error)
+            self.full = True
 
 
 def _environment() -> Any:

@@ -141,6 +141,18 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path):
         decode(tmp_path)
 
 
+@pytest.mark.parametrize(("size", "read"), [((1, 100), True), ((101, 1), False), ((1, 4000), False)])
+def test_an_image_that_would_grow_too_long_is_an_error(size, read):
+    file = io.BytesIO()
+    Image.new("RGB", size).save(file, "PNG")
+    file.seek(0)
+    if read:
+        assert decode(file).size == size
+    else:
+        with pytest.raises(OSError, match="a side more than 100 times the other"):
+            decode(file)
+
+
 def test_a_decompression_bomb_is_an_error():
     with pytest.raises(OSError, match=r"DecompressionBombError: .*10000000000 pixels"):
         read(png(100_000, 100_000, 8, 2, b""))

@@ -17,6 +17,7 @@ from pattern_bench.config import build
 from pattern_bench.data.splits import GlobalBatches, make_splits
 from pattern_bench.job import run
 from pattern_bench.learning import Learner, ReaderDescent
+from pattern_bench.models import small
 from pattern_bench.models.source import Training
 from pattern_bench.progress import Stages
 
@@ -36,9 +37,9 @@ def results(configure, tmp_path, monkeypatch):
         explain, begin = explanations.explain, Stages.run
 
         def kept(*arguments):
-            images, found, captions = explain(*arguments)
+            (images, found, captions), met = explain(*arguments)
             seen.update(found, images=images)
-            return images, found, captions
+            return (images, found, captions), met
 
         def elsewhere(*arguments):
             torch.manual_seed(random.randrange(2**32))
@@ -142,7 +143,7 @@ def drawn(what, setup, bar):
     if what in ("smoothgrad", "prediction_difference"):
         return explanations.method_of(setup, {}).attribute(images, torch.tensor([1, 2, 3]))
     if what == "random patch order":
-        return explanations.degrade(setup, {}, bar)["random_order"]
+        return explanations.degrade(setup, {}, bar)[0]["random_order"]
     if what == "intervals":
         curves = {"a": torch.rand(50, 4, generator=torch.Generator().manual_seed(0))}
         return torch.tensor(explanations.area_intervals(setup, curves)["a"])
@@ -205,6 +206,29 @@ def test_a_methods_seed_is_the_jobs_unless_it_has_its_own(config, method, tmp_pa
         assert (seed(f"method={method}"), seed(f"method={method}", "method.seed=3")) == (7, 3)
     else:
         assert (seed(), seed(f"methods.{method}.seed=3")) == (7, 3)
+
+
+def test_training_takes_batch_norms_statistics_and_drops_out(configure, tmp_path, monkeypatch):
+    """And what comes after does neither."""
+    norm, drop = nn.BatchNorm2d(4), nn.Dropout(0.5)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 8), drop, nn.ReLU(), nn.Linear(8, 10)
+    )
+    monkeypatch.setattr(small.SmallVGG, "module", lambda *_: net)
+    dropped = []
+    drop.register_forward_hook(lambda module, given, out: dropped.append(bool((out == 0).any())))
+    # 81 images in batches of 20: the last has one image.
+    cfg = configure(*SMALL, "data.limit=101", "model.training.batch_size=20", f"cache.dir={tmp_path / 'cache'}")
+    with Stages().run("prepare", "prepare") as bar:
+        setup = preparation.prepare(cfg, tmp_path, bar, lambda setup: None)
+    assert sum(len(setup.splits[name]) for name in ("fit", "probe")) % 20 == 1
+    assert int(norm.num_batches_tracked) == 2 * 4
+    assert float(norm.running_mean.abs().sum()) > 0
+    assert any(dropped)
+    assert not net.training
+    del dropped[:]
+    net(setup.sample[None])
+    assert dropped == [False]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -612,6 +612,16 @@ def test_a_job_without_memory_enough_is_complete_and_equal(trained, run_job, own
 # --- numbers ---
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("Unable to allocate")])
+def test_memory_that_runs_out_where_nothing_has_parts_is_one_error(run_job, own_cache, monkeypatch, error):
+    def runs_out(*_):
+        raise error
+
+    monkeypatch.setattr(fitting, "fit_patterns", runs_out)
+    with pytest.raises(UserError, match=r"out of memory \((CUDA|Unable).*resume=DIR"):
+        run_job(*SMALL, own_cache)
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_weights_that_are_no_numbers_are_refused_before_anything(run_job, trained, tmp_path, value, monkeypatch):
     (file,) = (trained[1] / "models").glob("*.safetensors")
@@ -811,6 +821,31 @@ def test_unfinished_state_on_a_full_disk_is_said_once(trained, configure, small_
     assert (folder / "degradation.csv").read_bytes() == (trained[0] / "degradation.csv").read_bytes()
 
 
+def test_checkpoints_on_a_full_disk_are_said_once_and_training_goes_on(
+    configure, run_job, small_disk, own_cache, tmp_path, caplog
+):
+    job = ["data.limit=100", "model.training.epochs=3", "estimator=w", "degradation.images=4", own_cache]
+    folder = tmp_path / "run"
+    small_disk(folder / "partial", free=20)
+    run(configure(*job), folder)
+    assert caplog.text.count(".ckpt cannot be written (No space left on device): going on without it") == 1
+    plain = run_job(*job[:-1], f"cache.dir={tmp_path / 'other'}")
+    assert (folder / "rho.csv").read_bytes() == (plain / "rho.csv").read_bytes()
+
+
+def test_a_log_file_without_room_is_no_traceback(trained, command, small_disk, tmp_path):
+    disk = small_disk(tmp_path / "disk", free=24)  # enough for Hydra's files
+    (tmp_path / "cache" / "models").mkdir(parents=True)
+    for file in (trained[1] / "models").glob("*.safetensors"):
+        shutil.copy(file, tmp_path / "cache" / "models")
+    done = command(
+        *SMALL, "logger=none", f"cache.dir={tmp_path / 'cache'}", f"hydra.run.dir={disk}", "checkpoint.seconds=0"
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
+
+
 # --- files and clocks ---
 
 
@@ -872,6 +907,30 @@ def test_files_that_vanish_or_are_spoilt_during_a_run_are_left_out_and_named(
     assert "2 images cannot be read and are left out" in said
     assert "4 images cannot be read and are left out" in said
     assert "Traceback" not in said
+
+
+def test_files_that_only_the_networks_answers_need_are_named_too(folder_job, run_job):
+    """An estimator without patterns visits the validation images alone."""
+    job, root, names = folder_job
+    spoilt = [names["validation"][1], names["validation"][6]]
+    for name in spoilt:
+        (root / name).write_bytes(b"no image")
+    folder = run_job(*job, "estimator=x")
+    assert summary_of(folder)["unreadable"] == sorted(spoilt)
+    assert json.loads((folder / "accuracy.json").read_text())["images"] == 8 - 2
+    splits = pd.read_csv(folder / "splits.csv")
+    assert sorted(splits.name[~splits.used]) == sorted(spoilt)
+
+
+def test_no_accuracy_is_told_of_no_readable_image(folder_job, run_job, tmp_path):
+    job, root, names = folder_job
+    for name in names["validation"]:
+        (root / name).write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of the first validation images can be read"):
+        run_job(*job, "estimator=x")
+    accuracy = json.loads((tmp_path / "run0" / "accuracy.json").read_text())
+    assert accuracy["skipped"] == "none of the 8 validation images can be read"
+    assert "top1" not in accuracy
 
 
 @pytest.mark.parametrize(

@@ -293,6 +293,7 @@ def test_a_users_mistake_inside_the_job_shows_no_traceback(command):
         (["degradation.images=0"], "degradation.images=0 is not possible"),
         (["data.batch_size=0"], "data.batch_size=0 is not possible"),
         (["seed=some"], "seed=some is not possible"),
+        (["seed=4294967296"], "seed=4294967296 is too large"),
         (["data.limit=many"], "data.limit=many is not possible"),
         (["data.fit=half"], "data.fit=half is not possible"),
         (["moments.memory_gib=0"], "moments.memory_gib=0 is not possible"),

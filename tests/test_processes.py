@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from pattern_bench.config import build
 from pattern_bench.data.splits import GlobalBatches, joined, make_splits
 from pattern_bench.errors import UserError
-from pattern_bench.launch import processes_per_node
+from pattern_bench.launch import launch, processes_per_node
 
 FEW = ["logger=none", "data.limit=300", "degradation.images=12", "data.batch_size=32"]
 SMALL = [*FEW, "model.training.epochs=4"]
@@ -144,6 +145,23 @@ def test_a_job_that_fails_in_one_process_is_told_once_and_the_sweep_goes_on_or_s
     assert "Traceback" not in done.stderr
     complete = sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/summary.json"))
     assert len(complete) == (1 if batch is None else 0)
+
+
+def loses_the_other(cfg, folder):
+    """The first process makes a mistake, and the second is heard of first."""
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("the other is gone")
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    time.sleep(0.5)
+    raise UserError("seed=x is not possible")
+
+
+def test_a_mistake_is_told_before_what_it_brought_about(configure, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    tempfile.tempdir = None
+    with pytest.raises(UserError, match="seed=x is not possible"):
+        launch(loses_the_other, configure("trainer=ddp_cpu"), tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def test_a_bug_in_one_process_shows_its_traceback_once(command, tmp_path):

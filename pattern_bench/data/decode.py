@@ -14,6 +14,9 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 BITS_PER_SAMPLE, PHOTOMETRIC_INTERPRETATION = 258, 262  # tags of TIFF 6.0
 
+LONGEST = 100
+"""A side may be so many times the other: where the short one is scaled up to 224 pixels, the long one grows along."""
+
 
 def decode(file: Path | BinaryIO) -> Image.Image:
     """An RGB image from a file, or from the rest of a stream.
@@ -28,7 +31,7 @@ def decode(file: Path | BinaryIO) -> Image.Image:
 
     Raises:
         OSError: whatever is wrong: no such file, no image, cut short, broken, more pixels than twice
-            ``PIL.Image.MAX_IMAGE_PIXELS``, or more than memory holds.
+            ``PIL.Image.MAX_IMAGE_PIXELS``, one side more than ``LONGEST`` times the other, or more than memory holds.
     """
     try:
         with _strict(), _stream(file) as stream, _opened(stream) as image:
@@ -60,6 +63,8 @@ def _opened(stream: BinaryIO) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if max(image.size) > LONGEST * min(image.size):
+        raise OSError(f"{image.width}×{image.height} pixels, a side more than {LONGEST} times the other")
     image.load()
     with contextlib.suppress(Exception):  # broken EXIF; the pixels are whole
         ImageOps.exif_transpose(image, in_place=True)
