@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +33,79 @@ METHODS = {
 }  # fmt: skip
 
 
-def _palette(names: list[str]) -> dict[str, tuple[float, float, float]]:
+PALETTE = sns.color_palette("colorblind", 10).as_hex()
+GREY = "#737373"
+SOLID, DASHED, DOTTED, DASH_DOTTED = (), (5.0, 2.0), (1.0, 1.5), (6.0, 2.0, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Style:
+    """Of a curve: its colour, and dashes and gaps in multiples of its width (none: solid)."""
+
+    colour: str
+    dashes: tuple[float, ...] = SOLID
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of ``#rrggbb``, as WCAG defines it: 0 is black, 1 white."""
+    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's contrast of two colours, from 1 to 21; marks need 3."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def legible(colour: str, background: str = "#ffffff", least: float = 3.0) -> str:
+    """``colour``, made darker or lighter until it has a contrast of ``least`` to the background."""
+    end = 0 if luminance(background) > 0.18 else 255
+    channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    for step in range(101):
+        mixed = "#" + "".join(f"{round(c + (end - c) * step / 100):02x}" for c in channels)
+        if contrast(mixed, background) >= least:
+            break
+    return mixed
+
+
+def estimator_colours(names: Iterable[str]) -> dict[str, str]:
     """Colour-blind safe, the same colour for the same name in every figure."""
     known = [*ESTIMATORS, "none"]
-    colours = sns.color_palette("colorblind", 10)
     order = known + sorted(set(names) - set(known))
-    return {name: (0.45, 0.45, 0.45) if name == "none" else colours[i % 10] for i, name in enumerate(order)}
+    return {name: GREY if name == "none" else PALETTE[i % 10] for i, name in enumerate(order)}
+
+
+def curve_styles(curves: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Style]:
+    """By estimator and method, in the order of the legend: estimators have their colours, dash-dotted under
+    PatternNet; methods without patterns the other colours, dashed; the random order is grey and dotted."""
+    every = list(dict.fromkeys(curves))
+    colours = estimator_colours(name for name, _ in every)
+    places = {name: place for place, name in enumerate(ordered({name for name, _ in every} - {"none"}))}
+    free = sorted({method for name, method in every if name == "none"}, key=_method_place)
+    free = [method for method in free if not method.startswith("random_order")]
+    others = [5, 9, 8, 6, 0, 1, 2, 3, 4]
+    styles = {}
+    for name, method in sorted(every, key=lambda key: (places.get(key[0], 99), _method_place(key[1]))):
+        if method.startswith("random_order"):
+            styles[name, method] = Style(GREY, DOTTED)
+        elif name == "none":
+            place = free.index(method)
+            styles[name, method] = Style(PALETTE[others[place % 9]], DASHED if place < 9 else DASH_DOTTED)
+        else:
+            styles[name, method] = Style(colours[name], DASH_DOTTED if method.startswith("pattern_net") else SOLID)
+    return styles
+
+
+def curve_label(estimator: str, method: str, curves: Iterable[tuple[str, str]], label: str) -> str:
+    """What a curve is called among ``curves``: by its estimator's ``label``, its method, or both."""
+    every = set(curves)
+    if estimator == "none":
+        return method_title(method)
+    with_patterns = {m for name, m in every if name != "none"}
+    free = {m for name, m in every if name == "none"}
+    return f"{label}, {method_title(method)}" if len(with_patterns) > 1 or len(free) > 1 else label
 
 
 def _save(figure: Figure, path: Path, dpi: int = DPI) -> None:
@@ -46,9 +113,10 @@ def _save(figure: Figure, path: Path, dpi: int = DPI) -> None:
     plt.close(figure)
 
 
-def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame) -> bool:
+def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Sequence[tuple[str, ...]] = ()) -> bool:
     """Fig. 3: rho per layer and estimator; points are medians over neurons, bars reach from quartile to quartile, and
-    black caps one standard error of the median up and down where images were drawn again.
+    black caps one standard error of the median up and down where images were drawn again. The word stands in the place
+    of what is ``missing``, by model, data, criterion, probe, layer and estimator.
 
     One panel per model, data set, criterion and probe. Draws nothing, and says so with False, where there is no rho.
     """
@@ -62,13 +130,14 @@ def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame) -> bool:
             1, len(panels), squeeze=False, sharey=True, figsize=(sum(widths) + 1, 4.2),
             gridspec_kw={"width_ratios": widths}, layout="constrained",
         )  # fmt: skip
-    estimators = ordered(list(live.estimator.unique()))
+    estimators = ordered([*live.estimator.unique(), *(cell[5] for cell in missing)])
     dodge = 0.15
+    colours = {name: legible(colour) for name, colour in estimator_colours(estimators).items()}
     for axis, ((model, data, criterion, probe), table) in zip(axes[0], panels, strict=True):
         order = table.sort_values("layer_index").layer.unique().tolist()
         sns.pointplot(
             table, x="layer", y="rho", hue="estimator", order=order, hue_order=estimators,
-            palette=_palette(estimators), estimator="median", errorbar=("pi", 50),
+            palette=colours, estimator="median", errorbar=("pi", 50),
             dodge=dodge * (len(estimators) - 1) or False, linestyle="none", markersize=5, err_kws={"linewidth": 1.6},
             ax=axis, legend=axis is axes[0][-1],
         )  # fmt: skip
@@ -82,6 +151,11 @@ def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame) -> bool:
                 place = order.index(layer) + dodge * (estimators.index(estimator) - (len(estimators) - 1) / 2)
                 axis.errorbar(place, medians[layer, estimator], yerr=errors[layer, estimator], color="black",
                               linewidth=0.8, capsize=2.5, zorder=5)  # fmt: skip
+        for *panel, layer, estimator in missing:
+            if panel == [model, data, criterion, probe] and layer in order:
+                place = order.index(layer) + dodge * (estimators.index(estimator) - (len(estimators) - 1) / 2)
+                axis.text(place, 0.01, "missing", rotation=90, ha="center", va="bottom", fontsize=6,
+                          color=colours[estimator])  # fmt: skip
         by = "" if probe == "closed_form" else f", probe {probe}"
         axis.set(title=f"{model} on {data}, criterion {criterion}{by}", xlabel="layer", ylabel=r"$\rho(S)$")
         axis.tick_params(axis="x", labelrotation=90 if len(order) > 8 else 30)
@@ -96,10 +170,11 @@ def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame) -> bool:
     return True
 
 
-def draw_degradation(degradation: pd.DataFrame, path: Path) -> bool:
+def draw_degradation(degradation: pd.DataFrame, path: Path, missing: Sequence[tuple[str, ...]] = ()) -> bool:
     """Fig. 4a: mean probability of the class first predicted against the number of replaced patches.
 
-    One panel per model and data set; the band is the standard error over images.
+    One panel per model and data set; the band is the standard error over images. What is ``missing``, by model, data,
+    estimator and method, stands in the legend as such.
     """
     if degradation.empty:
         return False
@@ -109,23 +184,15 @@ def draw_degradation(degradation: pd.DataFrame, path: Path) -> bool:
             1, len(panels), squeeze=False, figsize=(5 * len(panels) + 2, 4), layout="constrained"
         )
     for axis, ((model, data), table) in zip(axes[0], panels, strict=True):
-        curves = {
-            (str(name), str(method)): curve.sort_values("step")
-            for (name, method), curve in table.groupby(["estimator", "method"])
-        }
-        with_patterns = {method for name, method in curves if name != "none"}
-        estimators = _palette(list(table.estimator.unique()))
-        free = sorted({method for name, method in curves if name == "none"}, key=_method_place)
-        colours = dict(zip(free, sns.color_palette("husl", max(8, len(free))), strict=False))
-        places = {name: place for place, name in enumerate(ordered(set(table.estimator) - {"none"}))}
-        for name, method in sorted(curves, key=lambda key: (places.get(key[0], 99), _method_place(key[1]))):
-            curve = curves[name, method]
-            baseline, title = method.startswith("random_order"), _method_title(method)
-            label = title if name == "none" else LABELS.get(name, name)
-            if name != "none" and (len(with_patterns) > 1 or len(free) > 1):
-                label += f", {title}"
-            colour = (0.45, 0.45, 0.45) if baseline else colours[method] if name == "none" else estimators[name]
-            dashes = "--" if baseline else "-." if name != "none" and method.startswith("pattern_net") else "-"
+        curves = {(str(name), str(method)): curve for (name, method), curve in table.groupby(["estimator", "method"])}
+        lacking = [(name, method) for *panel, name, method in missing if panel == [model, data]]
+        for (name, method), style in (styles := curve_styles([*curves, *lacking])).items():
+            label, colour = curve_label(name, method, styles, LABELS.get(name, name)), legible(style.colour)
+            dashes = (0, style.dashes) if style.dashes else "-"
+            if (name, method) not in curves:
+                axis.plot([], label=f"{label} (missing)", color=colour, linestyle=dashes)
+                continue
+            curve = curves[name, method].sort_values("step")
             error = curve.probability_std / curve.n**0.5
             axis.plot(curve.step, curve.probability_mean, label=label, color=colour, linestyle=dashes)
             axis.fill_between(curve.step, curve.probability_mean - error, curve.probability_mean + error,
@@ -145,7 +212,7 @@ def _method_place(method: str) -> tuple[int, str]:
     return (order.index(name) if name in order else 99, method)
 
 
-def _method_title(method: str) -> str:
+def method_title(method: str) -> str:
     name, *differs = method.split(",")
     return ",".join([METHODS.get(name, name), *differs])
 
@@ -246,7 +313,7 @@ def draw_similarity(table: pd.DataFrame, path: Path, title: str, xlabel: str, yl
         for i, method in enumerate(methods):
             curve = chosen[chosen.method == method].sort_values("layer_index", ascending=False)
             at = [order.index(layer) for layer in curve.layer]
-            axis.plot(at, curve["mean"], label=_method_title(method), color=colours[method], linewidth=1.4,
+            axis.plot(at, curve["mean"], label=method_title(method), color=colours[method], linewidth=1.4,
                       marker=markers[i % len(markers)], markersize=3.5)  # fmt: skip
             axis.fill_between(at, curve["mean"] - curve["std"], curve["mean"] + curve["std"], color=colours[method],
                               alpha=0.1, linewidth=0)  # fmt: skip

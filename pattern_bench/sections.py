@@ -1,0 +1,536 @@
+"""What stands in the sections of the page: tables, figures, pictures and commands, as plain data."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+
+from pattern_bench.figures import Style, curve_label, curve_styles, estimator_colours, method_title
+from pattern_bench.gathering import PANEL, Cell, Gathered
+from pattern_bench.plots import Histogram, Plot, Value, curves, dots, histogram
+from pattern_bench.results import ordered
+from pattern_bench.runs import JOB, Pictures, Run, differing
+from pattern_bench.sweeps import command_of
+from pattern_bench.tables import MISSING, UNDEFINED, conflict_table, missing_table, overview
+
+PICTURE_WIDTH = 1600
+MOST_PICTURE_BYTES = 30 * 2**20
+NO_RHO = "no value: without a residual (S_x), or without a live neuron, ρ is not defined"
+LABELS = {"x": "S_x", "w": "S_w", "a": "S_a", "a_plus_minus": "S_a+-"}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A cell of a table: what it shows, its kind (``number``, ``missing``, ``estimator``, ``code``, ``better``,
+    ``worse`` or none), what it is sorted by where that is another thing, what is said of it beyond, and what stands
+    small below it."""
+
+    text: Any
+    kind: str = ""
+    value: float | str | None = None
+    note: str = ""
+    below: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a caption; ``numbers`` says which columns are of numbers."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[Field]]
+    numbers: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot, its values, and what is said below it."""
+
+    heading: str
+    plot: Plot
+    values: Table
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Histograms of a panel: a row per layer, a column per estimator, None where there is nothing to count."""
+
+    heading: str
+    estimators: list[str]
+    rows: list[tuple[str, list[Histogram | str]]]
+    low: str
+    high: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An embedded picture; without a ``source`` the caption says why it is not shown."""
+
+    heading: str
+    source: str
+    alt: str
+    caption: str
+    width: int = 0
+    height: int = 0
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """How to make a figure again."""
+
+    what: str
+    commands: list[str]
+
+
+def label(name: str) -> str:
+    """An estimator's name in plain text."""
+    return LABELS.get(name, name)
+
+
+def number(value: float, places: int = 3) -> str:
+    return f"{value:.{places}f}".replace("-", "−")
+
+
+def plain(text: str) -> Field:
+    return Field(text)
+
+
+def numeral(value: float, places: int = 3, note: str = "") -> Field:
+    """A number, or a dash where there is none."""
+    if pd.isna(value):
+        return Field("–", "number", None, note)
+    return Field(number(value, places), "number", float(value), note)
+
+
+# --- the overview ---
+
+
+def overview_table(found: Gathered) -> Table:
+    lines = overview(found)
+    methods = sorted({method for line in lines for method in line.areas}, key=lambda m: (m.startswith("random"), m))
+    columns = ["model", "data", "criterion", "estimator", "mean ρ", *(f"area, {method_title(m)}" for m in methods),
+               "accuracy"]  # fmt: skip
+    rows = []
+    for line in lines:
+        model, data, criterion, probe, estimator = line.names
+        asked = f"{criterion} ({probe})" if probe not in ("closed_form", "") else criterion
+        who = (
+            Field("no patterns", value="~") if estimator == "none" else Field(estimator, "estimator", label(estimator))
+        )
+        rows.append(
+            [plain(model), plain(data), plain(asked or "–"), who, _mean(line),
+             *(_area(line.areas[m]) if m in line.areas else Field("", "number") for m in methods),
+             numeral(line.accuracy)]
+        )  # fmt: skip
+    return Table(
+        "Mean ρ over all live neurons, with ± one standard error over images where images were drawn again "
+        "(1: the estimator found all of the signal, 0: none); area over the degradation curve with its 95 % interval "
+        "over images, by method (larger is better); top-1 accuracy of the network.",
+        columns, rows, frozenset(range(4, len(columns))),
+    )  # fmt: skip
+
+
+def _mean(line: Any) -> Field:
+    if not line.layers and line.lacking:
+        return Field(MISSING, "missing")
+    if math.isnan(line.mean):
+        return Field("–", "number", None, NO_RHO if line.names[4] != "none" else "")
+    note = f"{line.lacking} of {line.layers + line.lacking} layers are missing" if line.lacking else ""
+    return Field(number(line.mean), "number", line.mean, note, f"± {number(line.error)}" if line.error >= 0 else "")
+
+
+def _area(value: tuple[float, float, float] | None) -> Field:
+    if value is None:
+        return Field(MISSING, "missing")
+    area, low, high = value
+    return Field(number(area), "number", area, below=f"{number(low)} to {number(high)}" if low == low else "")
+
+
+# --- the figures ---
+
+
+def rho_figures(table: pd.DataFrame) -> list[Figure]:
+    """Fig. 3, a figure per panel, of :func:`pattern_bench.tables.rho_table`."""
+    figures = []
+    for place, (panel, rows) in enumerate(table.groupby(PANEL, sort=False)):
+        layers = list(dict.fromkeys(rows.layer))
+        names = [name for name in ordered(rows.estimator) if (rows.status[rows.estimator == name] != UNDEFINED).any()]
+        colours = estimator_colours(table.estimator)
+        series = {name: [_rho_value(row, layers) for _, row in rows[rows.estimator == name].iterrows()
+                         if row.status != UNDEFINED] for name in names}  # fmt: skip
+        plot = dots(
+            f"fig3-{place}", f"ρ by layer and estimator, {_panel(panel)}", "layer", "ρ(S)", layers, series,
+            {name: Style(colours[name]) for name in names}, (0.0, 1.0),
+        )  # fmt: skip
+        figures.append(Figure(_panel(panel), plot, _rho_values(rows, panel)))
+    return figures
+
+
+def _panel(panel: Sequence[Any]) -> str:
+    model, data, criterion, probe = panel
+    return f"{model} on {data}, criterion {criterion}" + ("" if probe == "closed_form" else f", probe {probe}")
+
+
+def _rho_value(row: Any, layers: list[str]) -> Value:
+    what = f"{label(row.estimator)}, {row.layer}: "
+    if row.status == MISSING:
+        nothing = math.nan
+        return Value(layers.index(row.layer), nothing, nothing, nothing, nothing, what + "missing")
+    error = float(row.get("standard_error_median", math.nan))
+    said = f"median {number(row['median'])}" + (f" ± {number(error)}" if error == error else "")
+    said += f", quartiles {number(row.q25)} to {number(row.q75)}, mean {number(row['mean'])}, {row.neurons} neurons"
+    said += f", {row.dead} of them dead" if row.dead else ""
+    return Value(layers.index(row.layer), row["median"], row.q25, row.q75, error, what + said)
+
+
+def _rho_values(rows: pd.DataFrame, panel: Sequence[Any]) -> Table:
+    columns = ["layer", "estimator", "mean", "median", "lower quartile", "upper quartile", "neurons", "dead"]
+    errors = [name for name in ("standard_error_mean", "standard_error_median") if name in rows]
+    shown = []
+    order = {layer: place for place, layer in enumerate(dict.fromkeys(rows.layer))}
+    for _, row in rows.iterrows():
+        line = [Field(row.layer, value=order[row.layer]), Field(row.estimator, "estimator", label(row.estimator))]
+        if row.status == MISSING:
+            line += [Field(MISSING, "missing"), *[Field("", "number")] * (5 + len(errors))]
+        else:
+            note = NO_RHO if row.status == UNDEFINED else ""
+            line += [numeral(row[name], note=note) for name in ("mean", "median", "q25", "q75")]
+            line += [numeral(row.neurons, 0), numeral(row.dead, 0), *(numeral(row[name]) for name in errors)]
+        shown.append(line)
+    columns += [name.replace("_", " ") for name in errors]
+    return Table(f"ρ, {_panel(panel)}", columns, shown, frozenset(range(2, len(columns))))
+
+
+def degradation_figures(found: Gathered) -> list[Figure]:
+    """Fig. 4a, a figure per model and data."""
+    figures = []
+    panels = dict.fromkeys(curve[:2] for curve in [*found.curves, *found.missing_curves])
+    for place, (model, data) in enumerate(panels):
+        table = found.degradation[(found.degradation.model == model) & (found.degradation.data == data)]
+        lacking = [(name, method) for *panel, name, method in found.missing_curves if panel == [model, data]]
+        known: dict[Any, pd.DataFrame] = {
+            key: rows.sort_values("step") for key, rows in table.groupby(["estimator", "method"], sort=False)
+        }
+        styles = curve_styles([*known, *lacking])
+        names = {key: curve_label(*key, styles, label(key[0])) for key in styles}
+        series = {names[key]: _curve(names[key], known[key]) if key in known else [] for key in styles}
+        plot = curves(
+            f"fig4a-{place}", f"probability of the class first predicted by replaced patches, {model} on {data}",
+            "replaced patches", "probability", series, {names[key]: style for key, style in styles.items()},
+        )  # fmt: skip
+        images = f"Mean over {int(table.n.max())} images; the bands are one standard error." if len(table) else ""
+        figures.append(Figure(f"{model} on {data}", plot, _curve_values(names, known, f"{model} on {data}"), images))
+    return figures
+
+
+def _curve(name: str, rows: pd.DataFrame) -> list[Value]:
+    values = []
+    errors = rows.probability_std / rows.n**0.5
+    for step, mean, error in zip(rows.step, rows.probability_mean, errors, strict=True):
+        spread = f" ± {number(error)}" if error == error else ""
+        around = 0.0 if math.isnan(error) else error
+        text = f"{name}, {step} patches replaced: {number(mean)}{spread}"
+        values.append(Value(step, mean, mean - around, mean + around, math.nan, text))
+    return values
+
+
+def _curve_values(names: dict[Any, str], known: dict[Any, pd.DataFrame], where: str) -> Table:
+    by_step = {key: dict(zip(rows.step, rows.probability_mean, strict=True)) for key, rows in known.items()}
+    steps = sorted({step for values in by_step.values() for step in values})
+    rows = [
+        [numeral(step, 0), *(numeral(by_step[key].get(step, math.nan)) if key in known else Field(MISSING, "missing")
+                             for key in names)]
+        for step in steps
+    ]  # fmt: skip
+    columns = ["replaced patches", *names.values()]
+    return Table(f"Mean probability, {where}", columns, rows, frozenset(range(len(columns))))
+
+
+def distributions(rho: pd.DataFrame, missing: Sequence[Cell]) -> list[Distributions]:
+    """Histograms of ρ over live neurons, a panel per model, data, criterion and probe."""
+    found = []
+    lacking = set(missing)
+    for panel, rows in rho.dropna(subset=["rho"]).groupby(PANEL, sort=False):
+        low, high = min(0.0, float(rows.rho.quantile(0.001))), max(1.0, float(rows.rho.quantile(0.999)))
+        layers = rows.groupby("layer").layer_index.min().sort_values(kind="stable").index
+        estimators = ordered([*rows.estimator, *(cell[5] for cell in missing if cell[:4] == panel)])
+        cells = dict(iter(rows.groupby(["layer", "estimator"], sort=False).rho))
+        lines: list[tuple[str, list[Histogram | str]]] = []
+        for layer in layers:
+            line: list[Histogram | str] = []
+            for name in estimators:
+                values = cells.get((layer, name))
+                if values is None:
+                    line.append(MISSING if (*panel, layer, name) in lacking else "–")
+                    continue
+                middle, lower, upper = values.quantile([0.5, 0.25, 0.75])
+                text = f"{number(middle, 2)} ({number(lower, 2)} to {number(upper, 2)})"
+                line.append(histogram(values, low, high, text))
+            lines.append((str(layer), line))
+        found.append(Distributions(_panel(panel), estimators, lines, number(low, 2), number(high, 2)))
+    return found
+
+
+# --- the pictures ---
+
+
+def pictures(runs: Iterable[Run], galleries: Iterable[Pictures]) -> list[Picture]:
+    """Of galleries, sanity checks, and the explanations of each run; as far as they have room."""
+    wanted = [entry for gallery in galleries for entry in _of_gallery(gallery)]
+    wanted += [_of_run(run) for run in runs if (run.folder / "explanations.png").is_file()]
+    room = MOST_PICTURE_BYTES
+    found = []
+    for file, name, heading, alt, caption in wanted:
+        try:
+            source, width, height = _embedded(file)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            found.append(Picture(heading, "", alt, f"{name}/{file.name} cannot be read: {error}"))
+            continue
+        room -= len(source)
+        if room < 0:
+            found.append(
+                Picture(heading, "", alt, f"left out, since the page would grow too large: {name}/{file.name}")
+            )
+        else:
+            found.append(Picture(heading, source, alt, caption, width, height))
+    return found
+
+
+Wanted = tuple[Path, str, str, str, str]
+"""A picture's file, its run's name, a heading, what it shows, and a caption."""
+
+
+def _of_gallery(gallery: Pictures) -> list[Wanted]:
+    about = gallery.summary
+    where = f"{about.get('model')} on {about.get('data')}"
+    if gallery.kind == "sanity":
+        return [
+            (
+                gallery.folder / "randomisation.png", gallery.name, f"Cascading randomisation, {where}",
+                f"Curves for each method: how similar its heat maps stay while the layers of {where} are randomised "
+                "from the output down", f"{gallery.name}: cascading randomisation (Adebayo et al. 2018)",
+            ),
+            (
+                gallery.folder / "convergence.png", gallery.name, f"Convergence of directions, {where}",
+                f"Curves for each method: how similar directions from different outputs become on their way back "
+                f"through {where}", f"{gallery.name}: convergence of directions (Sixt et al. 2020)",
+            ),
+        ]  # fmt: skip
+    figure = str(about.get("figure"))
+    shown, columns = _dicts(about.get("images")), _dicts(about.get("columns"))
+    keys = ", ".join(method_title(str(column.get("key"))) for column in columns)
+    seen = "; ".join(_image(image) for image in shown)
+    alt = f"Explanations of {len(shown)} images by {where}. Columns: {keys}. Images: {seen}"
+    return [(gallery.folder / f"{figure}.png", gallery.name, f"Gallery {figure}, {where}", alt,
+             f"{gallery.name}: {keys}")]  # fmt: skip
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _image(about: dict[str, Any]) -> str:
+    true = f"true {about['true']}, " if about.get("true") is not None else ""
+    return f"{true}predicted {about.get('predicted_name')}"
+
+
+def _of_run(run: Run) -> Wanted:
+    about = run.summary
+    method = method_title(str(about.get("method")))
+    estimator, where = label(str(about.get("estimator"))), f"{about.get('model')} on {about.get('data')}"
+    alt = (
+        f"Validation images of {where}, a row each, with their explanations beside them: estimator {estimator}, "
+        f"method {method}; the prediction stands at the left of each row"
+    )
+    return run.folder / "explanations.png", run.name, f"{method}, {estimator}, {where}", alt, run.name
+
+
+def _embedded(file: Path) -> tuple[str, int, int]:
+    """A picture as data URI, made smaller where it is wider than a page; its width and height."""
+    with Image.open(file) as opened:
+        picture = opened.convert("RGB")
+    if picture.width > PICTURE_WIDTH:
+        picture = picture.resize((PICTURE_WIDTH, max(1, picture.height * PICTURE_WIDTH // picture.width)))
+    content = io.BytesIO()
+    picture.save(content, "WEBP", quality=88, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}", picture.width, picture.height
+
+
+# --- runs: what is missing, what disagrees, settings, commands ---
+
+
+def missing_tables(found: Gathered) -> list[Table]:
+    table = missing_table(found)
+    tables = []
+    if found.missing_jobs:
+        rows = [[plain(job.folder), Field(" ".join(job.overrides), "code")] for job in found.missing_jobs]
+        tables.append(Table("Jobs that are not complete", ["folder", "overrides"], rows))
+    cells = table[table.command.isna()]
+    if len(cells):
+        names = ["model", "data", "criterion", "probe", "layer", "estimator", "method"]
+        shown = cells[names].fillna("–")
+        rows = [[plain(value) for value in row] for row in shown.itertuples(index=False)]
+        tables.append(Table("Values that are missing in the figures", names, rows))
+    return tables
+
+
+def conflicts_table(found: Gathered) -> Table | None:
+    if not found.conflicts:
+        return None
+    table = conflict_table(found.conflicts)
+    names = ["model", "data", "criterion", "probe", "layer", "estimator", "method", "kept", "replaced", "settings"]
+    rows = []
+    for row in table.fillna({"criterion": "–", "probe": "–", "layer": "–", "method": "–"}).to_dict("records"):
+        line = [plain(row[name]) for name in names]
+        line[9:9] = [numeral(row["kept_mean"], 4), numeral(row["replaced_mean"], 4)]
+        rows.append(line)
+    columns = [*names[:9], "mean now", "mean before", "settings that differ"]
+    return Table("Cells and curves of earlier runs that later ones replaced by other numbers", columns, rows,
+                 frozenset({9, 10}))  # fmt: skip
+
+
+def settings_tables(runs: Sequence[Run]) -> list[Table]:
+    """Settings in which runs differ, a row per run; those they share; and versions."""
+    tables = []
+    keys = differing(run.settings for run in runs)
+    if keys:
+        rows = [[plain(run.name), *(plain(run.settings.get(key, "–")) for key in keys)] for run in reversed(runs)]
+        tables.append(Table("Settings in which runs differ, the latest run first", ["run", *keys], rows))
+    shared = next((run.settings for run in reversed(runs) if run.settings), {})
+    rows = [[plain(key), plain(value)] for key, value in shared.items() if key not in keys]
+    if rows:
+        tables.append(Table("Settings that all runs share", ["setting", "value"], rows))
+    versions: dict[str, Counter[str]] = {}
+    for run in runs:
+        for package, version in run.summary.get("versions", {}).items():
+            versions.setdefault(str(package), Counter())[str(version)] += 1
+    rows = [
+        [plain(package), plain(", ".join(f"{v} ({n} runs)" if len(found) > 1 else v for v, n in found.items()))]
+        for package, found in versions.items()
+    ]
+    if rows:
+        tables.append(Table("Versions", ["package", "version"], rows))
+    return tables
+
+
+def reproductions(found: Gathered, report: str) -> list[Reproduction]:
+    """The commands behind each figure; ``report`` is the report's own."""
+    fig3 = [_command(found, JOB, run) for run in _unique(found.cells.values())]
+    fig4a = [_command(found, JOB, run) for run in _unique(found.curves.values())]
+    galleries = [_command(found, gallery.kind, gallery) for gallery in found.pictures]
+    steps = [("Fig. 3", fig3), ("Fig. 4a", fig4a), ("Galleries and sanity checks", galleries)]
+    shown = [Reproduction(what, list(dict.fromkeys(commands))) for what, commands in steps if commands]
+    return [*shown, Reproduction("This report", [report])]
+
+
+def _unique(runs: Iterable[Run]) -> list[Run]:
+    return list({id(run): run for run in runs}.values())
+
+
+def _command(found: Gathered, kind: str, run: Run | Pictures) -> str:
+    for sweep in found.sweeps.values():
+        if sweep.kind == kind and run.folder.is_relative_to(sweep.folder):
+            return command_of(kind, ["-m", *sweep.arguments])
+    if run.overrides is None:
+        return f"# the command of {run.name} is not known: its settings are above"
+    return command_of(kind, run.overrides)
+
+
+# --- the sections ---
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page, in the order in which its parts stand: texts, tables, figures, distributions, pictures,
+    tables that are folded away, commands."""
+
+    key: str
+    heading: str
+    texts: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    distributions: tuple[Distributions, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    folded: tuple[Table, ...] = ()
+    commands: tuple[Reproduction, ...] = ()
+
+
+def report_sections(found: Gathered, rho: pd.DataFrame, command: str) -> list[Section]:
+    """All of a report.
+
+    Args:
+        found: what was gathered.
+        rho: Fig. 3 as a table.
+        command: the report's own.
+    """
+    curves_shown = tuple(degradation_figures(found))
+    shown = tuple(pictures(_unique([*found.cells.values(), *found.curves.values()]), found.pictures))
+    conflicts = conflicts_table(found)
+    return [
+        Section("overview", "Overview", tuple(unlike(found)), (overview_table(found),)),
+        Section(
+            "fig3", "Fig. 3: ρ by layer and estimator",
+            ("Marks are medians over the neurons of a layer, bars reach from quartile to quartile, and black caps one "
+             "standard error over images up and down, where images were drawn again. 1: a linear reader finds nothing "
+             "of the neuron’s output in what the estimator left over; 0: everything.",),
+            figures=tuple(rho_figures(rho)),
+        ),
+        Section(
+            "fig4a", "Fig. 4a: image degradation",
+            ("The probability of the class first predicted, while patches are replaced, the most relevant first. The "
+             "faster the fall, the better the explanation." if curves_shown else "No run has a degradation curve.",),
+            figures=curves_shown,
+        ),
+        Section(
+            "distributions", "Distributions of ρ over neurons",
+            distributions=tuple(distributions(found.rho, found.missing_cells)),
+        ),
+        *([Section("pictures", "Galleries", pictures=shown)] if shown else []),
+        missing_section(found),
+        Section(
+            "conflicts", "Where runs disagree",
+            ("Where several runs have a cell, the latest complete one has it.",) if conflicts else
+            ("No two runs have different numbers for the same cell.",),
+            folded=(conflicts,) if conflicts else (),
+        ),
+        Section("settings", "Settings and versions", folded=tuple(settings_tables(found.runs))),
+        Section("reproduce", "How to make it again", commands=tuple(reproductions(found, command))),
+    ]  # fmt: skip
+
+
+SWEPT = ("estimator", "criterion", "method", "probe", "layer", "bootstrap", "explanation", "trainer")
+"""Groups of settings that tell results apart, or change none."""
+
+
+def unlike(found: Gathered) -> Iterator[str]:
+    """Says where results that stand side by side come from runs with other settings, such as other images."""
+    by_panel: dict[tuple[str, str], list[Run]] = {}
+    for (model, data, *_), run in [*found.cells.items(), *found.curves.items()]:
+        by_panel.setdefault((model, data), []).append(run)
+    for (model, data), runs in by_panel.items():
+        keys = [key for key in differing(run.settings for run in _unique(runs)) if key.split(".")[0] not in SWEPT]
+        if keys:
+            yield f"Not all results of {model} on {data} have the same settings: the runs differ in {', '.join(keys)}."
+
+
+def missing_section(found: Gathered) -> Section:
+    tables = tuple(missing_tables(found))
+    texts = [] if tables else ["Every job that was begun, or that a sweep was to have, is complete."]
+    texts += [
+        f"Which jobs the sweep in {name} was to have is not known, since another sweeper than Hydra’s own chose them."
+        for name, sweep in found.sweeps.items()
+        if sweep.jobs is None
+    ]
+    commands = list(dict.fromkeys(job.command for job in found.missing_jobs))
+    steps = (Reproduction("What runs them", commands),) if commands else ()
+    return Section("missing", "What is missing", tuple(texts), tables, commands=steps)
