@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from pattern_bench import tables
 from pattern_bench.errors import UserError
 from pattern_bench.figures import draw_degradation, draw_rho
-from pattern_bench.gathering import Conflict, Gathered, gather
-from pattern_bench.page import write_page
+from pattern_bench.reporting import tables
+from pattern_bench.reporting.comparison import compare, comparison_sections, said
+from pattern_bench.reporting.gathering import Conflict, Gathered, gather
+from pattern_bench.reporting.page import write_page
+from pattern_bench.reporting.sections import report_sections
 from pattern_bench.results import write_csv
-from pattern_bench.sections import report_sections
 
 WANDB = "wandb://"
 MOST_LINES = 8
@@ -61,7 +62,7 @@ def report(names: Sequence[str], output: Path) -> list[str]:
         drawn = ["index.html", "fig3.csv", "fig3.md", "fig3.tex"]
         if draw_rho(found.rho, output / "fig3.png", found.bootstrap, found.missing_cells):
             drawn.append("fig3.png")
-        said = [f"{len(found.runs)} runs"]
+        lines = [f"{len(found.runs)} runs"]
         if len(found.degradation):
             missing = found.missing_curves
             curves = tables.degradation_table(found.degradation, tables.area_intervals(found.curves), missing)
@@ -69,10 +70,10 @@ def report(names: Sequence[str], output: Path) -> list[str]:
             draw_degradation(found.degradation, output / "fig4a.png", missing)
             drawn += ["fig4a.csv", "fig4a.md", "fig4a.tex", "fig4a.png"]
         else:
-            said.append("no run has a degradation curve, so there is no Fig. 4a")
+            lines.append("no run has a degradation curve, so there is no Fig. 4a")
         write_csv(output / "missing.csv", tables.missing_table(found))
         write_csv(output / "conflicts.csv", tables.conflict_table(found.conflicts))
-        said += [*conflict_lines(found.conflicts), *missing_lines(found)]
+        lines += [*conflict_lines(found.conflicts), *missing_lines(found)]
         command = shlex.join(["python", "-m", "pattern_bench.report", *names, "--output", str(output)])
         models = ", ".join(sorted({cell[0] for cell in found.cells}))
         lead = f"{len(found.runs)} runs of {models}. Which explanation of the network should you believe?"
@@ -80,7 +81,7 @@ def report(names: Sequence[str], output: Path) -> list[str]:
             output / "index.html", "Signal estimators and explanations",
             {"lead": lead, "sections": report_sections(found, rho, command), "version": version("pattern_bench")},
         )  # fmt: skip
-    return [*said, f"{output}: {' '.join([*drawn, 'missing.csv', 'conflicts.csv'])}"]
+    return [*lines, f"{output}: {' '.join([*drawn, 'missing.csv', 'conflicts.csv'])}"]
 
 
 def _make(output: Path) -> None:
@@ -126,6 +127,27 @@ def missing_lines(found: Gathered) -> list[str]:
     return lines
 
 
+def comparison(names: Sequence[str], output: Path) -> list[str]:
+    """Writes what changed from the runs in the first of ``names`` to those in the second into ``output``; returns
+    lines that say it.
+
+    Raises:
+        UserError: as for :func:`report`.
+    """
+    with sources(names) as folders:
+        a, b = (gather([folder]) for folder in folders)
+        _make(output)
+        found, settings = compare(a, b, output)
+        command = shlex.join(["python", "-m", "pattern_bench.report", "--compare", *names, "--output", str(output)])
+        write_page(
+            output / "index.html", "What changed",
+            {"lead": f"From {len(a.runs)} runs in {names[0]} (A) to {len(b.runs)} in {names[1]} (B).",
+             "sections": comparison_sections(a, b, found, settings, command), "version": version("pattern_bench")},
+        )  # fmt: skip
+    missing = [line for side in (a, b) for line in missing_lines(side)]
+    return [*said(found, settings), *missing, f"{output}: index.html compare.md compare.csv"]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pattern_bench.report", description=__doc__)
@@ -141,7 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if bool(options.folders) == bool(options.compare):
         parser.error("give folders of runs, or --compare A B")
     try:
-        print("\n".join(report(options.folders, options.output)))
+        done = (
+            report(options.folders, options.output) if options.folders else comparison(options.compare, options.output)
+        )
+        print("\n".join(done))
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:

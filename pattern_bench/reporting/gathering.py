@@ -14,9 +14,8 @@ import numpy as np
 import pandas as pd
 
 from pattern_bench.errors import UserError
-from pattern_bench.results import BOOTSTRAP_COLUMNS
-from pattern_bench.runs import JOB, Found, Pictures, Run, differing, read_pictures, read_runs
-from pattern_bench.sweeps import (
+from pattern_bench.reporting.runs import JOB, Found, Pictures, Run, differing, read_pictures, read_runs
+from pattern_bench.reporting.sweeps import (
     Names,
     Sweep,
     command_of,
@@ -26,6 +25,7 @@ from pattern_bench.sweeps import (
     read_overrides,
     read_sweep,
 )
+from pattern_bench.results import BOOTSTRAP_COLUMNS
 
 PANEL = ["model", "data", "criterion", "probe"]
 CELL = [*PANEL, "layer", "estimator"]

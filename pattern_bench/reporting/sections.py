@@ -1,115 +1,36 @@
-"""What stands in the sections of the page: tables, figures, pictures and commands, as plain data."""
+"""What stands in the sections of a report's page."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from PIL import Image
 
 from pattern_bench.figures import Style, curve_label, curve_styles, estimator_colours, method_title
-from pattern_bench.gathering import PANEL, Cell, Gathered
-from pattern_bench.plots import Histogram, Plot, Value, curves, dots, histogram
+from pattern_bench.reporting.blocks import (
+    Distributions,
+    Field,
+    Figure,
+    Reproduction,
+    Section,
+    Table,
+    label,
+    number,
+    numeral,
+    plain,
+)
+from pattern_bench.reporting.embedding import pictures
+from pattern_bench.reporting.gathering import PANEL, Cell, Gathered
+from pattern_bench.reporting.plots import Histogram, Value, curves, dots, histogram
+from pattern_bench.reporting.runs import JOB, Pictures, Run, differing
+from pattern_bench.reporting.sweeps import command_of
+from pattern_bench.reporting.tables import MISSING, UNDEFINED, conflict_table, missing_table, overview
 from pattern_bench.results import ordered
-from pattern_bench.runs import JOB, Pictures, Run, differing
-from pattern_bench.sweeps import command_of
-from pattern_bench.tables import MISSING, UNDEFINED, conflict_table, missing_table, overview
 
-PICTURE_WIDTH = 1600
-MOST_PICTURE_BYTES = 30 * 2**20
 NO_RHO = "no value: without a residual (S_x), or without a live neuron, ρ is not defined"
-LABELS = {"x": "S_x", "w": "S_w", "a": "S_a", "a_plus_minus": "S_a+-"}
-
-
-@dataclass(frozen=True)
-class Field:
-    """A cell of a table: what it shows, its kind (``number``, ``missing``, ``estimator``, ``code``, ``better``,
-    ``worse`` or none), what it is sorted by where that is another thing, what is said of it beyond, and what stands
-    small below it."""
-
-    text: Any
-    kind: str = ""
-    value: float | str | None = None
-    note: str = ""
-    below: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with a caption; ``numbers`` says which columns are of numbers."""
-
-    caption: str
-    columns: list[str]
-    rows: list[list[Field]]
-    numbers: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A plot, its values, and what is said below it."""
-
-    heading: str
-    plot: Plot
-    values: Table
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Distributions:
-    """Histograms of a panel: a row per layer, a column per estimator, None where there is nothing to count."""
-
-    heading: str
-    estimators: list[str]
-    rows: list[tuple[str, list[Histogram | str]]]
-    low: str
-    high: str
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An embedded picture; without a ``source`` the caption says why it is not shown."""
-
-    heading: str
-    source: str
-    alt: str
-    caption: str
-    width: int = 0
-    height: int = 0
-
-
-@dataclass(frozen=True)
-class Reproduction:
-    """How to make a figure again."""
-
-    what: str
-    commands: list[str]
-
-
-def label(name: str) -> str:
-    """An estimator's name in plain text."""
-    return LABELS.get(name, name)
-
-
-def number(value: float, places: int = 3) -> str:
-    return f"{value:.{places}f}".replace("-", "−")
-
-
-def plain(text: str) -> Field:
-    return Field(text)
-
-
-def numeral(value: float, places: int = 3, note: str = "") -> Field:
-    """A number, or a dash where there is none."""
-    if pd.isna(value):
-        return Field("–", "number", None, note)
-    return Field(number(value, places), "number", float(value), note)
 
 
 # --- the overview ---
@@ -160,7 +81,7 @@ def _area(value: tuple[float, float, float] | None) -> Field:
 
 
 def rho_figures(table: pd.DataFrame) -> list[Figure]:
-    """Fig. 3, a figure per panel, of :func:`pattern_bench.tables.rho_table`."""
+    """Fig. 3, a figure per panel, of :func:`pattern_bench.reporting.tables.rho_table`."""
     figures = []
     for place, (panel, rows) in enumerate(table.groupby(PANEL, sort=False)):
         layers = list(dict.fromkeys(rows.layer))
@@ -281,91 +202,6 @@ def distributions(rho: pd.DataFrame, missing: Sequence[Cell]) -> list[Distributi
     return found
 
 
-# --- the pictures ---
-
-
-def pictures(runs: Iterable[Run], galleries: Iterable[Pictures]) -> list[Picture]:
-    """Of galleries, sanity checks, and the explanations of each run; as far as they have room."""
-    wanted = [entry for gallery in galleries for entry in _of_gallery(gallery)]
-    wanted += [_of_run(run) for run in runs if (run.folder / "explanations.png").is_file()]
-    room = MOST_PICTURE_BYTES
-    found = []
-    for file, name, heading, alt, caption in wanted:
-        try:
-            source, width, height = _embedded(file)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            found.append(Picture(heading, "", alt, f"{name}/{file.name} cannot be read: {error}"))
-            continue
-        room -= len(source)
-        if room < 0:
-            found.append(
-                Picture(heading, "", alt, f"left out, since the page would grow too large: {name}/{file.name}")
-            )
-        else:
-            found.append(Picture(heading, source, alt, caption, width, height))
-    return found
-
-
-Wanted = tuple[Path, str, str, str, str]
-"""A picture's file, its run's name, a heading, what it shows, and a caption."""
-
-
-def _of_gallery(gallery: Pictures) -> list[Wanted]:
-    about = gallery.summary
-    where = f"{about.get('model')} on {about.get('data')}"
-    if gallery.kind == "sanity":
-        return [
-            (
-                gallery.folder / "randomisation.png", gallery.name, f"Cascading randomisation, {where}",
-                f"Curves for each method: how similar its heat maps stay while the layers of {where} are randomised "
-                "from the output down", f"{gallery.name}: cascading randomisation (Adebayo et al. 2018)",
-            ),
-            (
-                gallery.folder / "convergence.png", gallery.name, f"Convergence of directions, {where}",
-                f"Curves for each method: how similar directions from different outputs become on their way back "
-                f"through {where}", f"{gallery.name}: convergence of directions (Sixt et al. 2020)",
-            ),
-        ]  # fmt: skip
-    figure = str(about.get("figure"))
-    shown, columns = _dicts(about.get("images")), _dicts(about.get("columns"))
-    keys = ", ".join(method_title(str(column.get("key"))) for column in columns)
-    seen = "; ".join(_image(image) for image in shown)
-    alt = f"Explanations of {len(shown)} images by {where}. Columns: {keys}. Images: {seen}"
-    return [(gallery.folder / f"{figure}.png", gallery.name, f"Gallery {figure}, {where}", alt,
-             f"{gallery.name}: {keys}")]  # fmt: skip
-
-
-def _dicts(value: Any) -> list[dict[str, Any]]:
-    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
-
-
-def _image(about: dict[str, Any]) -> str:
-    true = f"true {about['true']}, " if about.get("true") is not None else ""
-    return f"{true}predicted {about.get('predicted_name')}"
-
-
-def _of_run(run: Run) -> Wanted:
-    about = run.summary
-    method = method_title(str(about.get("method")))
-    estimator, where = label(str(about.get("estimator"))), f"{about.get('model')} on {about.get('data')}"
-    alt = (
-        f"Validation images of {where}, a row each, with their explanations beside them: estimator {estimator}, "
-        f"method {method}; the prediction stands at the left of each row"
-    )
-    return run.folder / "explanations.png", run.name, f"{method}, {estimator}, {where}", alt, run.name
-
-
-def _embedded(file: Path) -> tuple[str, int, int]:
-    """A picture as data URI, made smaller where it is wider than a page; its width and height."""
-    with Image.open(file) as opened:
-        picture = opened.convert("RGB")
-    if picture.width > PICTURE_WIDTH:
-        picture = picture.resize((PICTURE_WIDTH, max(1, picture.height * PICTURE_WIDTH // picture.width)))
-    content = io.BytesIO()
-    picture.save(content, "WEBP", quality=88, method=4)
-    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}", picture.width, picture.height
-
-
 # --- runs: what is missing, what disagrees, settings, commands ---
 
 
@@ -447,22 +283,6 @@ def _command(found: Gathered, kind: str, run: Run | Pictures) -> str:
 
 
 # --- the sections ---
-
-
-@dataclass(frozen=True)
-class Section:
-    """A section of the page, in the order in which its parts stand: texts, tables, figures, distributions, pictures,
-    tables that are folded away, commands."""
-
-    key: str
-    heading: str
-    texts: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    figures: tuple[Figure, ...] = ()
-    distributions: tuple[Distributions, ...] = ()
-    pictures: tuple[Picture, ...] = ()
-    folded: tuple[Table, ...] = ()
-    commands: tuple[Reproduction, ...] = ()
 
 
 def report_sections(found: Gathered, rho: pd.DataFrame, command: str) -> list[Section]:

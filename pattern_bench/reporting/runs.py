@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import pandas as pd
 
 from pattern_bench.errors import UserError
+from pattern_bench.reporting.sweeps import COMMANDS, UNREADABLE, kind_of_run, read_overrides, read_yaml
 from pattern_bench.results import BOOTSTRAP_COLUMNS, DEGRADATION_COLUMNS, RHO_COLUMNS
-from pattern_bench.sweeps import COMMANDS, UNREADABLE, kind_of_run, read_overrides, read_yaml
 
 TYPES: dict[str, Any] = {
     "layer_index": int, "neuron": int, "rho": float, "dead": bool, "step": int, "probability_mean": float,

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from pattern_bench.files import write_file
-from pattern_bench.gathering import CELL, CURVE, PANEL, Cell, Conflict, Gathered
+from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, Cell, Conflict, Gathered
+from pattern_bench.reporting.runs import Run
 from pattern_bench.results import ordered, standard_errors, write_csv
-from pattern_bench.runs import Run
 
 AREA = "area over the curve"
 COMPLETE, MISSING, UNDEFINED = "complete", "missing", "undefined"

@@ -14,8 +14,8 @@ from markupsafe import Markup
 
 from pattern_bench.figures import GREY, PALETTE, legible
 from pattern_bench.files import write_file
-from pattern_bench.plots import Plot
-from pattern_bench.sections import LABELS
+from pattern_bench.reporting.blocks import LABELS
+from pattern_bench.reporting.plots import Plot
 
 TEMPLATE = Path(__file__).parent / "template"
 COLOURS = [*PALETTE, GREY]
