@@ -162,11 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if bool(options.folders) == bool(options.compare):
         parser.error("give folders of runs, or --compare A B")
+    command, names = (comparison, options.compare) if options.compare else (report, options.folders)
     try:
-        done = (
-            report(options.folders, options.output) if options.folders else comparison(options.compare, options.output)
-        )
-        print("\n".join(done))
+        print("\n".join(command(names, options.output)))
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:

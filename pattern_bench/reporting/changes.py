@@ -15,11 +15,14 @@ from scipy.stats import t as student
 from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, ROUNDING, Cell, Gathered
 from pattern_bench.reporting.runs import Run
 from pattern_bench.reporting.tables import area_intervals, areas
+from pattern_bench.results import ordered
 
 RESAMPLES = 2000
 NAMES = [*CELL, "method"]
 ALL_LAYERS = "all layers"
 BETTER, WORSE, UNCLEAR, SAME = "better", "worse", "no clear difference", "the same"
+BASELINE = "baseline"
+"""Of random directions and orders, for which there is no better: they show what changed for every explanation."""
 DRAWING = ("seed", "bootstrap.chunks", "moments.positions")
 """Settings that the draws depend on, besides those of the data."""
 Ends = tuple[float, float]
@@ -53,6 +56,8 @@ class Change:
         """Of B over A: clear is what the whole interval, and more than rounding, speaks for."""
         if self.note:
             return self.note
+        if self.names.get("estimator") == "random" or self.names.get("method", "").startswith("random_order"):
+            return BASELINE
         if abs(self.b - self.a) <= ROUNDING * max(abs(self.a), abs(self.b)) + 1e-6:
             return SAME
         if math.isnan(self.low):
@@ -133,8 +138,9 @@ def _rho(a: Side, b: Side) -> list[Change]:
     wholes: dict[Cell, list[Cell]] = {}
     for cell in dict.fromkeys([*a.layers, *b.layers]):
         wholes.setdefault((*cell[:4], cell[5]), []).append(cell)
+    rank = {name: place for place, name in enumerate(ordered(whole[4] for whole in wholes))}
     found = []
-    for (*panel, estimator), cells in wholes.items():
+    for (*panel, estimator), cells in sorted(wholes.items(), key=lambda whole: (whole[0][:4], rank[whole[0][4]])):
         names = {**dict(zip(PANEL, panel, strict=True)), "estimator": estimator}
         found.append(_rho_change({**names, "layer": ALL_LAYERS}, a, b, cells))
         found += [_rho_change({**names, "layer": cell[4]}, a, b, [cell]) for cell in cells]

@@ -28,8 +28,9 @@ from pattern_bench.results import ordered, write_csv
 COLUMNS = ["quantity", "of", "A", "B", "B − A", "95 % interval", "verdict"]
 HOW = (
     "Larger is better: of ρ (1: the estimator found all of the signal), of the area over the degradation curve, and of "
-    "accuracy. A verdict is given where the whole 95 % interval of the difference speaks for it; of twenty "
-    "that did not change, about one gets a verdict by chance."
+    "accuracy. A verdict is given where the whole 95 % interval of the difference speaks for it; of twenty that did "
+    "not change, about one gets a verdict by chance. Baselines, random directions and orders, show what changed "
+    "whatever the explanation: that predictions fall more easily, say."
 )
 INTERVALS = (
     "Intervals over images (paired or independent resamples) tell whether the difference would stay with other images; "

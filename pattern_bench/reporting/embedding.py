@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,24 @@ def pictures(runs: Iterable[Run], galleries: Iterable[Pictures]) -> list[Picture
     wanted = [entry for gallery in galleries for entry in _of_gallery(gallery)]
     wanted += [_of_run(run) for run in runs if (run.folder / "explanations.png").is_file()]
     room = MOST_PICTURE_BYTES
-    found = []
+    shown: dict[str, Picture] = {}
     for file, name, heading, alt, caption in wanted:
         try:
             source, width, height = _embedded(file)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            found.append(Picture(heading, "", alt, f"{name}/{file.name} cannot be read: {error}"))
+            shown[str(file)] = Picture(heading, "", alt, f"{name}/{file.name} cannot be read: {error}")
+            continue
+        if source in shown:  # the same picture from several runs, as of other criteria
+            shown[source] = replace(shown[source], caption=f"{shown[source].caption}, {caption}")
             continue
         room -= len(source)
         if room < 0:
-            found.append(
-                Picture(heading, "", alt, f"left out, since the page would grow too large: {name}/{file.name}")
+            shown[str(file)] = Picture(
+                heading, "", alt, f"{name}/{file.name} is left out: the page would grow too large"
             )
         else:
-            found.append(Picture(heading, source, alt, caption, width, height))
-    return found
+            shown[source] = Picture(heading, source, alt, caption, width, height)
+    return list(shown.values())
 
 
 Wanted = tuple[Path, str, str, str, str]
