@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -23,6 +24,7 @@ from pattern_bench.results import ESTIMATORS, ordered, standard_errors
 
 DPI = 200
 PRINT_DPI = 300
+PANELS_ACROSS = 4
 HEAT = "seismic"
 LABELS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
 METHODS = {
@@ -123,50 +125,55 @@ def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Se
     live = rho.dropna(subset=["rho"])
     if live.empty:
         return False
-    panels = list(live.groupby(["model", "data", "criterion", "probe"], sort=False))
-    widths = [max(4.0, min(0.75, 6 / table.layer.nunique() + 0.2) * table.layer.nunique()) for _, table in panels]
+    cells = live.groupby(["model", "data", "criterion", "probe", "layer", "estimator"], sort=False)
+    table = cells.rho.quantile(np.array([0.25, 0.5, 0.75])).unstack().join(cells.layer_index.min()).reset_index()
+    panels = list(table.groupby(["model", "data", "criterion", "probe"], sort=False))
+    estimators = ordered([*table.estimator, *(cell[5] for cell in missing)])
+    colours = {name: legible(colour) for name, colour in estimator_colours(estimators).items()}
+    across = min(len(panels), PANELS_ACROSS)
+    down = -(-len(panels) // across)
+    layers = max(panel.layer.nunique() for _, panel in panels)
+    widths = [max(4.0, min(0.75, 6 / layers + 0.2) * layers)] * across
+    if down == 1:
+        counts = [panel.layer.nunique() for _, panel in panels]
+        widths = [max(4.0, min(0.75, 6 / count + 0.2) * count) for count in counts]
     with sns.axes_style("whitegrid"):
         figure, axes = plt.subplots(
-            1, len(panels), squeeze=False, sharey=True, figsize=(sum(widths) + 1, 4.2),
+            down, across, squeeze=False, sharey=True, figsize=(sum(widths) + 1, 4.2 * down),
             gridspec_kw={"width_ratios": widths}, layout="constrained",
         )  # fmt: skip
-    estimators = ordered([*live.estimator.unique(), *(cell[5] for cell in missing)])
     dodge = 0.15
-    colours = {name: legible(colour) for name, colour in estimator_colours(estimators).items()}
-    for axis, ((model, data, criterion, probe), table) in zip(axes[0], panels, strict=True):
-        order = table.sort_values("layer_index").layer.unique().tolist()
-        sns.pointplot(
-            table, x="layer", y="rho", hue="estimator", order=order, hue_order=estimators,
-            palette=colours, estimator="median", errorbar=("pi", 50),
-            dodge=dodge * (len(estimators) - 1) or False, linestyle="none", markersize=5, err_kws={"linewidth": 1.6},
-            ax=axis, legend=axis is axes[0][-1],
-        )  # fmt: skip
-        if len(bootstrap):
-            chosen = bootstrap.query(
-                "model == @model and data == @data and criterion == @criterion and probe == @probe"
-            )
-            errors = standard_errors(chosen, ["layer", "estimator"])["median"]
-            medians = table.groupby(["layer", "estimator"]).rho.median()
-            for layer, estimator in errors.index.intersection(medians.index):
-                place = order.index(layer) + dodge * (estimators.index(estimator) - (len(estimators) - 1) / 2)
-                axis.errorbar(place, medians[layer, estimator], yerr=errors[layer, estimator], color="black",
-                              linewidth=0.8, capsize=2.5, zorder=5)  # fmt: skip
-        for *panel, layer, estimator in missing:
-            if panel == [model, data, criterion, probe] and layer in order:
-                place = order.index(layer) + dodge * (estimators.index(estimator) - (len(estimators) - 1) / 2)
-                axis.text(place, 0.01, "missing", rotation=90, ha="center", va="bottom", fontsize=6,
-                          color=colours[estimator])  # fmt: skip
+    for axis, ((model, data, criterion, probe), panel) in zip(axes.flat, panels, strict=False):
+        order = panel.sort_values("layer_index").layer.unique().tolist()
+        lacking = [cell[4:] for cell in missing if cell[:4] == (model, data, criterion, probe) and cell[4] in order]
+        chosen = bootstrap.query("model == @model and data == @data and criterion == @criterion and probe == @probe")
+        errors: Any = standard_errors(chosen, ["layer", "estimator"])["median"] if len(chosen) else {}
+        for number, name in enumerate(estimators):
+            own = panel[panel.estimator == name]
+            shift = dodge * (number - (len(estimators) - 1) / 2)
+            places = [order.index(layer) + shift for layer in own.layer]
+            axis.errorbar(
+                places, own[0.5], yerr=[own[0.5] - own[0.25], own[0.75] - own[0.5]], color=colours[name], fmt="o",
+                markersize=5, elinewidth=1.6, label=LABELS.get(name, name),
+            )  # fmt: skip
+            caps = [float(errors.get((layer, name), np.nan)) for layer in own.layer]
+            if np.isfinite(caps).any():
+                axis.errorbar(places, own[0.5], yerr=caps, color="black", fmt="none", elinewidth=0.8, capsize=2.5,
+                              zorder=5)  # fmt: skip
+            for layer in (layer for layer, whose in lacking if whose == name):
+                axis.text(order.index(layer) + shift, 0.01, "missing", rotation=90, ha="center", va="bottom",
+                          fontsize=6, color=colours[name])  # fmt: skip
         by = "" if probe == "closed_form" else f", probe {probe}"
         axis.set(title=f"{model} on {data}, criterion {criterion}{by}", xlabel="layer", ylabel=r"$\rho(S)$")
+        axis.grid(visible=False, axis="x")
+        axis.set_xticks(range(len(order)), order)
         axis.tick_params(axis="x", labelrotation=90 if len(order) > 8 else 30)
-        low = min(0.0, table.groupby(["layer", "estimator"]).rho.quantile(0.25).min())
-        axis.set_ylim(bottom=low - 0.02)
-    legend = axes[0][-1].get_legend()
-    if legend is not None:
-        for text in legend.get_texts():
-            text.set_text(LABELS.get(text.get_text(), text.get_text()))
-        sns.move_legend(axes[0][-1], "center left", bbox_to_anchor=(1, 0.5), frameon=False, title="estimator")
-    _save(figure, path)
+        axis.set_xlim(-0.5, len(order) - 0.5)
+        axis.set_ylim(bottom=min(0.0, panel[0.25].min()) - 0.02)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, title="estimator")
+    _save(figure, path, DPI if down <= 2 else DPI // 2)
     return True
 
 

@@ -128,10 +128,13 @@ def latest(
         for cell, rows in getattr(run, table).groupby(key, sort=False):
             everything.setdefault(cell, []).append((run, rows))
     column = "rho" if table == "rho" else "probability_mean"
-    kept, holders, conflicts, sources = [], {}, [], {}
+    kept: dict[Cell, pd.DataFrame] = {}
+    holders: dict[Cell, Run] = {}
+    sources: dict[Cell, list[Run]] = {}
+    conflicts: list[Conflict] = []
     for cell, versions in everything.items():
         newest, rows = versions[-1]
-        kept.append(rows)
+        kept[cell] = rows
         holders[cell] = newest
         sources[cell] = [newest]
         for run, others in reversed(versions[:-1]):
@@ -140,8 +143,18 @@ def latest(
                 continue
             where = dict(zip(key, cell, strict=True))
             conflicts.append(Conflict(where, newest, run, rows[column].mean(), others[column].mean()))
-    whole = pd.concat(kept, ignore_index=True) if kept else getattr(runs[-1], table)
+    whole = _joined(kept, key) if kept else getattr(runs[-1], table)
     return whole, holders, conflicts, sources
+
+
+def _joined(tables: dict[Cell, pd.DataFrame], key: list[str]) -> pd.DataFrame:
+    """The rows of all cells below one another, the names in ``key`` as categories."""
+    whole = pd.concat([rows.drop(columns=key) for rows in tables.values()], ignore_index=True)
+    lengths = [len(rows) for rows in tables.values()]
+    for place, column in enumerate(key):
+        codes, names = pd.factorize(np.array([cell[place] for cell in tables], dtype=object))
+        whole[column] = pd.Categorical.from_codes(np.repeat(codes, lengths), categories=pd.Index(names))
+    return whole[list(next(iter(tables.values())).columns)]
 
 
 def _same(one: pd.DataFrame, other: pd.DataFrame) -> bool:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pattern_bench.figures import Style, curve_label, curve_styles, estimator_colours, method_title
@@ -23,8 +24,8 @@ from pattern_bench.reporting.blocks import (
     plain,
 )
 from pattern_bench.reporting.embedding import pictures
-from pattern_bench.reporting.gathering import PANEL, Cell, Gathered
-from pattern_bench.reporting.plots import Histogram, Value, curves, dots, histogram
+from pattern_bench.reporting.gathering import PANEL, Gathered
+from pattern_bench.reporting.plots import Histogram, Value, curves, dots, histograms
 from pattern_bench.reporting.runs import JOB, Pictures, Run, differing
 from pattern_bench.reporting.sweeps import command_of
 from pattern_bench.reporting.tables import MISSING, UNDEFINED, conflict_table, missing_table, overview
@@ -177,28 +178,29 @@ def _curve_values(names: dict[Any, str], known: dict[Any, pd.DataFrame], where: 
     return Table(f"Mean probability, {where}", columns, rows, frozenset(range(len(columns))))
 
 
-def distributions(rho: pd.DataFrame, missing: Sequence[Cell]) -> list[Distributions]:
-    """Histograms of ρ over live neurons, a panel per model, data, criterion and probe."""
+def distributions(rho: pd.DataFrame, table: pd.DataFrame) -> list[Distributions]:
+    """Histograms of ρ over live neurons, a panel per model, data, criterion and probe; ``table`` is that of Fig. 3."""
+    live = {panel: rows for panel, rows in rho.dropna(subset=["rho"]).groupby(PANEL, sort=False)}
     found = []
-    lacking = set(missing)
-    for panel, rows in rho.dropna(subset=["rho"]).groupby(PANEL, sort=False):
-        low, high = min(0.0, float(rows.rho.quantile(0.001))), max(1.0, float(rows.rho.quantile(0.999)))
-        layers = rows.groupby("layer").layer_index.min().sort_values(kind="stable").index
-        estimators = ordered([*rows.estimator, *(cell[5] for cell in missing if cell[:4] == panel)])
-        cells = dict(iter(rows.groupby(["layer", "estimator"], sort=False).rho))
-        lines: list[tuple[str, list[Histogram | str]]] = []
-        for layer in layers:
-            line: list[Histogram | str] = []
-            for name in estimators:
-                values = cells.get((layer, name))
-                if values is None:
-                    line.append(MISSING if (*panel, layer, name) in lacking else "–")
-                    continue
-                middle, lower, upper = values.quantile([0.5, 0.25, 0.75])
-                text = f"{number(middle, 2)} ({number(lower, 2)} to {number(upper, 2)})"
-                line.append(histogram(values, low, high, text))
-            lines.append((str(layer), line))
-        found.append(Distributions(_panel(panel), estimators, lines, number(low, 2), number(high, 2)))
+    for panel, lines in table.groupby(PANEL, sort=False):
+        if panel not in live:
+            continue
+        rows = live[panel]
+        low, high = (float(end) for end in rows.rho.quantile(np.array([0.001, 0.999])))
+        low, high = min(0.0, low), max(1.0, high)
+        places = rows.groupby(["layer", "estimator"], sort=False).ngroup().to_numpy()
+        firsts = rows.iloc[np.unique(places, return_index=True)[1]]
+        paths = histograms(rows.rho.to_numpy(), places, low, high)
+        path_of = dict(zip(zip(firsts.layer, firsts.estimator, strict=True), paths, strict=True))
+        layers, estimators = list(dict.fromkeys(lines.layer)), ordered(lines.estimator)
+        cells: dict[Any, Histogram | str] = {}
+        for line in lines.to_dict("records"):
+            key = (line["layer"], line["estimator"])
+            text = f"{number(line['median'], 2)} ({number(line['q25'], 2)} to {number(line['q75'], 2)})"
+            nothing = MISSING if line["status"] == MISSING else "–"
+            cells[key] = Histogram(path_of[key], text) if key in path_of else nothing
+        shown = [(layer, [cells.get((layer, name), "–") for name in estimators]) for layer in layers]
+        found.append(Distributions(_panel(panel), estimators, shown, number(low, 2), number(high, 2)))
     return found
 
 
@@ -313,7 +315,7 @@ def report_sections(found: Gathered, rho: pd.DataFrame, command: str) -> list[Se
         ),
         Section(
             "distributions", "Distributions of ρ over neurons",
-            distributions=tuple(distributions(found.rho, found.missing_cells)),
+            distributions=tuple(distributions(found.rho, rho)),
         ),
         *([Section("pictures", "Galleries", pictures=shown)] if shown else []),
         missing_section(found),

@@ -50,7 +50,11 @@ def rho_table(rho: pd.DataFrame, bootstrap: pd.DataFrame, missing: Sequence[Cell
     table["place"] = places.reindex(index.droplevel(["criterion", "probe", "estimator"])).to_numpy()
     rank = {name: place for place, name in enumerate(ordered(index.get_level_values("estimator")))}
     table["rank"] = index.get_level_values("estimator").map(rank)
-    table = table.reset_index().sort_values([*PANEL, "place", "layer", "rank"], kind="stable", ignore_index=True)
+    table = (
+        table.reset_index()
+        .astype(dict.fromkeys(CELL, str))
+        .sort_values([*PANEL, "place", "layer", "rank"], kind="stable", ignore_index=True)
+    )
     return table.drop(columns=["place", "rank"])
 
 
