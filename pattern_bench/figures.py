@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,94 +20,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pattern_bench.files import write_file
-from pattern_bench.results import ESTIMATORS, ordered, standard_errors
+from pattern_bench.names import plain
+from pattern_bench.results import ordered, standard_errors
+from pattern_bench.styles import curve_label, curve_styles, estimator_colours, legible, method_place
 
 DPI = 200
 PRINT_DPI = 300
 PANELS_ACROSS = 4
 HEAT = "seismic"
 LABELS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
-METHODS = {
-    "random_order": "random order", "pattern_net": "PatternNet", "pattern_attribution": "PatternAttribution",
-    "lrp_z": "LRP z-rule", "dtd_w2": "w²-rule", "gradient": "gradient", "deconvnet": "DeConvNet",
-    "guided_backprop": "Guided BackProp", "integrated_gradients": "Integrated Gradients", "smoothgrad": "SmoothGrad",
-    "occlusion": "occlusion", "prediction_difference": "prediction difference",
-}  # fmt: skip
-
-
-PALETTE = sns.color_palette("colorblind", 10).as_hex()
-GREY = "#737373"
-SOLID, DASHED, DOTTED, DASH_DOTTED = (), (5.0, 2.0), (1.0, 1.5), (6.0, 2.0, 1.0, 2.0)
-
-
-@dataclass(frozen=True)
-class Style:
-    """Of a curve: its colour, and dashes and gaps in multiples of its width (none: solid)."""
-
-    colour: str
-    dashes: tuple[float, ...] = SOLID
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of ``#rrggbb``, as WCAG defines it: 0 is black, 1 white."""
-    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: str, other: str) -> float:
-    """WCAG's contrast of two colours, from 1 to 21; marks need 3."""
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def legible(colour: str, background: str = "#ffffff", least: float = 3.0) -> str:
-    """``colour``, made darker or lighter until it has a contrast of ``least`` to the background."""
-    end = 0 if luminance(background) > 0.18 else 255
-    channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    for step in range(101):
-        mixed = "#" + "".join(f"{round(c + (end - c) * step / 100):02x}" for c in channels)
-        if contrast(mixed, background) >= least:
-            break
-    return mixed
-
-
-def estimator_colours(names: Iterable[str]) -> dict[str, str]:
-    """Colour-blind safe, the same colour for the same name in every figure."""
-    known = [*ESTIMATORS, "none"]
-    order = known + sorted(set(names) - set(known))
-    return {name: GREY if name == "none" else PALETTE[i % 10] for i, name in enumerate(order)}
-
-
-def curve_styles(curves: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Style]:
-    """By estimator and method, in the order of the legend: estimators have their colours, dash-dotted under
-    PatternNet; methods without patterns the other colours, dashed; the random order is grey and dotted."""
-    every = list(dict.fromkeys(curves))
-    colours = estimator_colours(name for name, _ in every)
-    places = {name: place for place, name in enumerate(ordered({name for name, _ in every} - {"none"}))}
-    free = sorted({method for name, method in every if name == "none"}, key=_method_place)
-    free = [method for method in free if not method.startswith("random_order")]
-    others = [5, 9, 8, 6, 0, 1, 2, 3, 4]
-    styles = {}
-    for name, method in sorted(every, key=lambda key: (places.get(key[0], 99), _method_place(key[1]))):
-        if method.startswith("random_order"):
-            styles[name, method] = Style(GREY, DOTTED)
-        elif name == "none":
-            place = free.index(method)
-            styles[name, method] = Style(PALETTE[others[place % 9]], DASHED if place < 9 else DASH_DOTTED)
-        else:
-            styles[name, method] = Style(colours[name], DASH_DOTTED if method.startswith("pattern_net") else SOLID)
-    return styles
-
-
-def curve_label(estimator: str, method: str, curves: Iterable[tuple[str, str]], label: str) -> str:
-    """What a curve is called among ``curves``: by its estimator's ``label``, its method, or both."""
-    every = set(curves)
-    if estimator == "none":
-        return method_title(method)
-    with_patterns = {m for name, m in every if name != "none"}
-    free = {m for name, m in every if name == "none"}
-    return f"{label}, {method_title(method)}" if len(with_patterns) > 1 or len(free) > 1 else label
 
 
 def _save(figure: Figure, path: Path, dpi: int = DPI) -> None:
@@ -213,17 +134,6 @@ def draw_degradation(degradation: pd.DataFrame, path: Path, missing: Sequence[tu
     return True
 
 
-def _method_place(method: str) -> tuple[int, str]:
-    name = method.split(",")[0]
-    order = [*list(METHODS)[1:], "random_order"]
-    return (order.index(name) if name in order else 99, method)
-
-
-def method_title(method: str) -> str:
-    name, *differs = method.split(",")
-    return ",".join([METHODS.get(name, name), *differs])
-
-
 def draw_explanations(images: Tensor, columns: Mapping[str, Tensor], captions: list[str], path: Path) -> None:
     """One row per image: the input, then each explanation.
 
@@ -305,7 +215,7 @@ def draw_similarity(table: pd.DataFrame, path: Path, title: str, xlabel: str, yl
         ylabels: of each measure, in the order of the panels.
     """
     order = table.sort_values("layer_index", ascending=False).drop_duplicates("layer_index").layer.tolist()
-    methods = sorted(table.method.unique(), key=_method_place)
+    methods = sorted(table.method.unique(), key=method_place)
     colours = dict(zip(methods, sns.color_palette("colorblind", max(10, len(methods))), strict=False))
     across = min(2, len(ylabels))
     down = -(-len(ylabels) // across)
@@ -320,7 +230,7 @@ def draw_similarity(table: pd.DataFrame, path: Path, title: str, xlabel: str, yl
         for i, method in enumerate(methods):
             curve = chosen[chosen.method == method].sort_values("layer_index", ascending=False)
             at = [order.index(layer) for layer in curve.layer]
-            axis.plot(at, curve["mean"], label=method_title(method), color=colours[method], linewidth=1.4,
+            axis.plot(at, curve["mean"], label=plain(method), color=colours[method], linewidth=1.4,
                       marker=markers[i % len(markers)], markersize=3.5)  # fmt: skip
             axis.fill_between(at, curve["mean"] - curve["std"], curve["mean"] + curve["std"], color=colours[method],
                               alpha=0.1, linewidth=0)  # fmt: skip

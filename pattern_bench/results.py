@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
-import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from torch import Tensor
 
-from pattern_bench.core.estimators import Pattern
-from pattern_bench.data.splits import SPLITS, Split
 from pattern_bench.files import write_file
+
+if TYPE_CHECKING:  # the report starts a second earlier without them
+    from torch import Tensor
+
+    from pattern_bench.core.estimators import Pattern
+    from pattern_bench.data.splits import Split
 
 RHO_COLUMNS = (
     "model", "data", "layer", "layer_index", "estimator", "criterion", "probe", "neuron", "rho", "dead",
@@ -123,20 +124,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def environment() -> dict[str, Any]:
-    """Versions, and the peak memory of this process in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "versions": versions(),
-        "peak_memory_mib": round(peak / (2**20 if sys.platform == "darwin" else 2**10)),
-    }
-
-
 def split_table(splits: Mapping[str, Split], unreadable: set[str]) -> pd.DataFrame:
     """One row per image: its split, its index in its pool, its name and label, and whether it could be read."""
     tables = []
-    for name in SPLITS:
-        pool, indices = splits[name].pool, splits[name].indices.tolist()
+    for name, split in splits.items():
+        pool, indices = split.pool, split.indices.tolist()
         labels = None if pool.labels is None else [pool.labels[i] for i in indices]
         names = [pool.ids[i] for i in indices]
         tables.append(pd.DataFrame({"split": name, "index": indices, "name": names, "label": labels}))

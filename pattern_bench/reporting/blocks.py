@@ -9,8 +9,6 @@ import pandas as pd
 
 from pattern_bench.reporting.plots import Histogram, Plot
 
-LABELS = {"x": "S_x", "w": "S_w", "a": "S_a", "a_plus_minus": "S_a+-"}
-
 
 @dataclass(frozen=True)
 class Field:
@@ -92,16 +90,11 @@ class Section:
     commands: tuple[Reproduction, ...] = ()
 
 
-def label(name: str) -> str:
-    """An estimator's name in plain text."""
-    return LABELS.get(name, name)
-
-
 def number(value: float, places: int = 3) -> str:
     return f"{value:.{places}f}".replace("-", "−")
 
 
-def plain(text: str) -> Field:
+def words(text: str) -> Field:
     return Field(text)
 
 

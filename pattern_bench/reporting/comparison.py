@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from pattern_bench.figures import Style, estimator_colours, method_title
 from pattern_bench.files import write_file
-from pattern_bench.reporting.blocks import Field, Figure, Reproduction, Section, Table, label, number, numeral, plain
+from pattern_bench.names import plain
+from pattern_bench.reporting.blocks import Field, Figure, Reproduction, Section, Table, number, numeral, words
 from pattern_bench.reporting.changes import (
     ALL_LAYERS,
     BETTER,
@@ -24,6 +24,7 @@ from pattern_bench.reporting.gathering import Gathered
 from pattern_bench.reporting.plots import Value, dots
 from pattern_bench.reporting.sections import missing_tables
 from pattern_bench.results import ordered, write_csv
+from pattern_bench.styles import Style, estimator_colours
 
 COLUMNS = ["quantity", "of", "A", "B", "B − A", "95 % interval", "verdict"]
 HOW = (
@@ -88,8 +89,8 @@ def of(change: Change) -> str:
     if names.get("probe", "closed_form") != "closed_form":
         parts.append(names["probe"])
     if names.get("estimator", "none") != "none":
-        parts.append(label(names["estimator"]))
-    parts += [method_title(names["method"])] if "method" in names else []
+        parts.append(plain(names["estimator"]))
+    parts += [plain(names["method"])] if "method" in names else []
     return ", ".join(part for part in [*parts, names.get("layer", "")] if part)
 
 
@@ -128,9 +129,9 @@ def _table(caption: str, found: Sequence[Change]) -> Table:
     for change in found:
         missing = "missing" if change.verdict.startswith("missing") else ""
         rows.append(
-            [plain(change.quantity.replace("rho", "ρ")), plain(of(change)), numeral(change.a, 4), numeral(change.b, 4),
+            [words(change.quantity.replace("rho", "ρ")), words(of(change)), numeral(change.a, 4), numeral(change.b, 4),
              numeral(change.b - change.a, 4), Field(_interval(change), "number", change.low),
-             plain(change.interval or "–"), Field(change.verdict, kinds.get(change.verdict, missing))]
+             words(change.interval or "–"), Field(change.verdict, kinds.get(change.verdict, missing))]
         )  # fmt: skip
     return Table(caption, columns, rows, frozenset(range(2, 6)))
 
@@ -138,7 +139,7 @@ def _table(caption: str, found: Sequence[Change]) -> Table:
 def _settings(settings: Sequence[tuple[str, str, str]]) -> Section:
     if not settings:
         return Section("settings", "Settings", ("No setting differs.",))
-    rows = [[Field(key, "code"), plain(mine), plain(its)] for key, mine, its in settings]
+    rows = [[Field(key, "code"), words(mine), words(its)] for key, mine, its in settings]
     return Section("settings", "Settings", tables=(Table("Settings that differ", ["setting", "A", "B"], rows),))
 
 
@@ -169,6 +170,6 @@ def _figures(layers: Sequence[Change]) -> list[Figure]:
 
 def _value(change: Change, layers: list[str]) -> Value:
     names, difference = change.names, change.b - change.a
-    text = f"{label(names['estimator'])}, {names['layer']}: {number(difference, 4)} ({_interval(change)}), "
+    text = f"{plain(names['estimator'])}, {names['layer']}: {number(difference, 4)} ({_interval(change)}), "
     text += f"from {number(change.a, 4)} to {number(change.b, 4)}: {change.verdict}"
     return Value(layers.index(names["layer"]), difference, change.low, change.high, float("nan"), text)

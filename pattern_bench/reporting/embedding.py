@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from pattern_bench.figures import method_title
-from pattern_bench.reporting.blocks import Picture, label
+from pattern_bench.names import plain
+from pattern_bench.reporting.blocks import Picture
 from pattern_bench.reporting.runs import Pictures, Run
 
 PICTURE_WIDTH = 1600
@@ -66,7 +66,7 @@ def _of_gallery(gallery: Pictures) -> list[Wanted]:
         ]  # fmt: skip
     figure = str(about.get("figure"))
     shown, columns = _dicts(about.get("images")), _dicts(about.get("columns"))
-    keys = ", ".join(method_title(str(column.get("key"))) for column in columns)
+    keys = ", ".join(plain(str(column.get("key"))) for column in columns)
     seen = "; ".join(_image(image) for image in shown)
     alt = f"Explanations of {len(shown)} images by {where}. Columns: {keys}. Images: {seen}"
     return [(gallery.folder / f"{figure}.png", gallery.name, f"Gallery {figure}, {where}", alt,
@@ -84,8 +84,8 @@ def _image(about: dict[str, Any]) -> str:
 
 def _of_run(run: Run) -> Wanted:
     about = run.summary
-    method = method_title(str(about.get("method")))
-    estimator, where = label(str(about.get("estimator"))), f"{about.get('model')} on {about.get('data')}"
+    method = plain(str(about.get("method")))
+    estimator, where = plain(str(about.get("estimator"))), f"{about.get('model')} on {about.get('data')}"
     alt = (
         f"Validation images of {where}, a row each, with their explanations beside them: estimator {estimator}, "
         f"method {method}; the prediction stands at the left of each row"

@@ -12,10 +12,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pattern_bench.figures import GREY, PALETTE, legible
 from pattern_bench.files import write_file
-from pattern_bench.reporting.blocks import LABELS
+from pattern_bench.names import ESTIMATORS
 from pattern_bench.reporting.plots import Plot
+from pattern_bench.styles import GREY, PALETTE, legible
 
 TEMPLATE = Path(__file__).parent / "template"
 COLOURS = [*PALETTE, GREY]
@@ -73,8 +73,8 @@ def _colour(colour: str) -> str:
 def _estimator(name: str) -> str:
     """A name that begins with an estimator's, as the paper writes it."""
     first, comma, rest = name.partition(", ")
-    short = LABELS.get(first, first)
-    if short not in LABELS.values():
+    short = ESTIMATORS.get(first, first)
+    if short not in ESTIMATORS.values():
         return name
     letter, _, index = short.partition("_")
     return Markup("{}<sub>{}</sub>{}").format(letter, index.replace("-", "−"), comma + rest)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pattern_bench.figures import Style, curve_label, curve_styles, estimator_colours, method_title
+from pattern_bench.names import plain
 from pattern_bench.reporting.blocks import (
     Distributions,
     Field,
@@ -18,10 +18,9 @@ from pattern_bench.reporting.blocks import (
     Reproduction,
     Section,
     Table,
-    label,
     number,
     numeral,
-    plain,
+    words,
 )
 from pattern_bench.reporting.embedding import pictures
 from pattern_bench.reporting.gathering import PANEL, Gathered
@@ -30,6 +29,7 @@ from pattern_bench.reporting.runs import JOB, Pictures, Run, differing
 from pattern_bench.reporting.sweeps import command_of
 from pattern_bench.reporting.tables import MISSING, UNDEFINED, conflict_table, missing_table, overview
 from pattern_bench.results import ordered
+from pattern_bench.styles import Style, curve_label, curve_styles, estimator_colours
 
 NO_RHO = "no value: without a residual (S_x), or without a live neuron, ρ is not defined"
 
@@ -40,17 +40,17 @@ NO_RHO = "no value: without a residual (S_x), or without a live neuron, ρ is no
 def overview_table(found: Gathered) -> Table:
     lines = overview(found)
     methods = sorted({method for line in lines for method in line.areas}, key=lambda m: (m.startswith("random"), m))
-    columns = ["model", "data", "criterion", "estimator", "mean ρ", *(f"area, {method_title(m)}" for m in methods),
+    columns = ["model", "data", "criterion", "estimator", "mean ρ", *(f"area, {plain(m)}" for m in methods),
                "accuracy"]  # fmt: skip
     rows = []
     for line in lines:
         model, data, criterion, probe, estimator = line.names
         asked = f"{criterion} ({probe})" if probe not in ("closed_form", "") else criterion
         who = (
-            Field("no patterns", value="~") if estimator == "none" else Field(estimator, "estimator", label(estimator))
+            Field("no patterns", value="~") if estimator == "none" else Field(estimator, "estimator", plain(estimator))
         )
         rows.append(
-            [plain(model), plain(data), plain(asked or "–"), who, _mean(line),
+            [words(model), words(data), words(asked or "–"), who, _mean(line),
              *(_area(line.areas[m]) if m in line.areas else Field("", "number") for m in methods),
              numeral(line.accuracy)]
         )  # fmt: skip
@@ -104,7 +104,7 @@ def _panel(panel: Sequence[Any]) -> str:
 
 
 def _rho_value(row: Any, layers: list[str]) -> Value:
-    what = f"{label(row.estimator)}, {row.layer}: "
+    what = f"{plain(row.estimator)}, {row.layer}: "
     if row.status == MISSING:
         nothing = math.nan
         return Value(layers.index(row.layer), nothing, nothing, nothing, nothing, what + "missing")
@@ -121,7 +121,7 @@ def _rho_values(rows: pd.DataFrame, panel: Sequence[Any]) -> Table:
     shown = []
     order = {layer: place for place, layer in enumerate(dict.fromkeys(rows.layer))}
     for _, row in rows.iterrows():
-        line = [Field(row.layer, value=order[row.layer]), Field(row.estimator, "estimator", label(row.estimator))]
+        line = [Field(row.layer, value=order[row.layer]), Field(row.estimator, "estimator", plain(row.estimator))]
         if row.status == MISSING:
             line += [Field(MISSING, "missing"), *[Field("", "number")] * (5 + len(errors))]
         else:
@@ -144,7 +144,7 @@ def degradation_figures(found: Gathered) -> list[Figure]:
             key: rows.sort_values("step") for key, rows in table.groupby(["estimator", "method"], sort=False)
         }
         styles = curve_styles([*known, *lacking])
-        names = {key: curve_label(*key, styles, label(key[0])) for key in styles}
+        names = {key: curve_label(*key, styles, plain(key[0])) for key in styles}
         series = {names[key]: _curve(names[key], known[key]) if key in known else [] for key in styles}
         plot = curves(
             f"fig4a-{place}", f"probability of the class first predicted by replaced patches, {model} on {data}",
@@ -211,13 +211,13 @@ def missing_tables(found: Gathered) -> list[Table]:
     table = missing_table(found)
     tables = []
     if found.missing_jobs:
-        rows = [[plain(job.folder), Field(" ".join(job.overrides), "code")] for job in found.missing_jobs]
+        rows = [[words(job.folder), Field(" ".join(job.overrides), "code")] for job in found.missing_jobs]
         tables.append(Table("Jobs that are not complete", ["folder", "overrides"], rows))
     cells = table[table.command.isna()]
     if len(cells):
         names = ["model", "data", "criterion", "probe", "layer", "estimator", "method"]
         shown = cells[names].fillna("–")
-        rows = [[plain(value) for value in row] for row in shown.itertuples(index=False)]
+        rows = [[words(value) for value in row] for row in shown.itertuples(index=False)]
         tables.append(Table("Values that are missing in the figures", names, rows))
     return tables
 
@@ -229,7 +229,7 @@ def conflicts_table(found: Gathered) -> Table | None:
     names = ["model", "data", "criterion", "probe", "layer", "estimator", "method", "kept", "replaced", "settings"]
     rows = []
     for row in table.fillna({"criterion": "–", "probe": "–", "layer": "–", "method": "–"}).to_dict("records"):
-        line = [plain(row[name]) for name in names]
+        line = [words(row[name]) for name in names]
         line[9:9] = [numeral(row["kept_mean"], 4), numeral(row["replaced_mean"], 4)]
         rows.append(line)
     columns = [*names[:9], "mean now", "mean before", "settings that differ"]
@@ -242,10 +242,10 @@ def settings_tables(runs: Sequence[Run]) -> list[Table]:
     tables = []
     keys = differing(run.settings for run in runs)
     if keys:
-        rows = [[plain(run.name), *(plain(run.settings.get(key, "–")) for key in keys)] for run in reversed(runs)]
+        rows = [[words(run.name), *(words(run.settings.get(key, "–")) for key in keys)] for run in reversed(runs)]
         tables.append(Table("Settings in which runs differ, the latest run first", ["run", *keys], rows))
     shared = next((run.settings for run in reversed(runs) if run.settings), {})
-    rows = [[plain(key), plain(value)] for key, value in shared.items() if key not in keys]
+    rows = [[words(key), words(value)] for key, value in shared.items() if key not in keys]
     if rows:
         tables.append(Table("Settings that all runs share", ["setting", "value"], rows))
     versions: dict[str, Counter[str]] = {}
@@ -253,7 +253,7 @@ def settings_tables(runs: Sequence[Run]) -> list[Table]:
         for package, version in run.summary.get("versions", {}).items():
             versions.setdefault(str(package), Counter())[str(version)] += 1
     rows = [
-        [plain(package), plain(", ".join(f"{v} ({n} runs)" if len(found) > 1 else v for v, n in found.items()))]
+        [words(package), words(", ".join(f"{v} ({n} runs)" if len(found) > 1 else v for v, n in found.items()))]
         for package, found in versions.items()
     ]
     if rows:
