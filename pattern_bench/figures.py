@@ -67,8 +67,10 @@ def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Se
     for axis, ((model, data, criterion, probe), panel) in zip(axes.flat, panels, strict=False):
         order = panel.sort_values("layer_index").layer.unique().tolist()
         lacking = [cell[4:] for cell in missing if cell[:4] == (model, data, criterion, probe) and cell[4] in order]
-        chosen = bootstrap.query("model == @model and data == @data and criterion == @criterion and probe == @probe")
-        errors: Any = standard_errors(chosen, ["layer", "estimator"])["median"] if len(chosen) else {}
+        errors: Any = {}
+        if len(bootstrap):
+            names = "model == @model and data == @data and criterion == @criterion and probe == @probe"
+            errors = standard_errors(bootstrap.query(names), ["layer", "estimator"])["median"]
         for number, name in enumerate(estimators):
             own = panel[panel.estimator == name]
             shift = dodge * (number - (len(estimators) - 1) / 2)
