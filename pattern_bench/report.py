@@ -62,7 +62,7 @@ def report(names: Sequence[str], output: Path) -> list[str]:
         drawn = ["index.html", "fig3.csv", "fig3.md", "fig3.tex"]
         if draw_rho(found.rho, output / "fig3.png", found.bootstrap, found.missing_cells):
             drawn.append("fig3.png")
-        lines = [f"{len(found.runs)} runs"]
+        lines = [counted(len(found.runs), "run")]
         if len(found.degradation):
             missing = found.missing_curves
             curves = tables.degradation_table(found.degradation, tables.area_intervals(found.curves), missing)
@@ -76,7 +76,7 @@ def report(names: Sequence[str], output: Path) -> list[str]:
         lines += [*conflict_lines(found.conflicts), *missing_lines(found)]
         command = shlex.join(["python", "-m", "pattern_bench.report", *names, "--output", str(output)])
         models = ", ".join(sorted({cell[0] for cell in found.cells}))
-        lead = f"{len(found.runs)} runs of {models}. Which explanation of the network should you believe?"
+        lead = f"{counted(len(found.runs), 'run')} of {models}. Which explanation of the network should you believe?"
         write_page(
             output / "index.html", "Signal estimators and explanations",
             {"lead": lead, "sections": report_sections(found, rho, command), "version": version("pattern_bench")},
@@ -91,6 +91,11 @@ def _make(output: Path) -> None:
         raise UserError(f"--output={output} cannot be made ({error.strerror}): choose another folder") from error
 
 
+def counted(number: int, what: str) -> str:
+    """The number with its noun."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def conflict_lines(conflicts: Sequence[Conflict]) -> list[str]:
     """What was replaced, a line per pair of runs, at most MOST_LINES of them."""
     if not conflicts:
@@ -100,7 +105,7 @@ def conflict_lines(conflicts: Sequence[Conflict]) -> list[str]:
     pairs: dict[tuple[str, str], list[Conflict]] = {}
     for conflict in conflicts:
         pairs.setdefault((conflict.kept.name, conflict.replaced.name), []).append(conflict)
-    lines = [f"{cells} cells and {curves} curves of earlier runs replaced by later ones with other numbers:"]
+    lines = [f"{counted(cells, 'cell')} and {counted(curves, 'curve')} of earlier runs replaced by later ones:"]
     for (kept, replaced), several in sorted(pairs.items(), key=lambda pair: -len(pair[1]))[:MOST_LINES]:
         widest = max(several, key=lambda c: abs(c.kept_mean - c.replaced_mean) if c.kept_mean == c.kept_mean else 0.0)
         settings = ", ".join(widest.settings()[:4]) or "no setting"
@@ -117,13 +122,14 @@ def missing_lines(found: Gathered) -> list[str]:
     jobs = found.missing_jobs
     lines = []
     if jobs:
-        lines.append(f"{len(jobs)} jobs are missing:")
+        lines.append(f"missing: {counted(len(jobs), 'job')}")
         lines += [f"  {job.folder}: {' '.join(job.overrides)}" for job in jobs[:MOST_LINES]]
         lines += [f"  and {len(jobs) - MOST_LINES} more"] if len(jobs) > MOST_LINES else []
         commands = dict.fromkeys(job.command for job in jobs)
-        lines += ["these commands run them:", *(f"  {command}" for command in list(commands)[:MOST_LINES])]
+        lines += ["what runs them:", *(f"  {command}" for command in list(commands)[:MOST_LINES])]
     if found.missing_cells or found.missing_curves:
-        lines.append(f"{len(found.missing_cells)} cells of Fig. 3 and {len(found.missing_curves)} curves are missing")
+        cells, curves = counted(len(found.missing_cells), "cell"), counted(len(found.missing_curves), "curve")
+        lines.append(f"missing: {cells} of Fig. 3 and {curves} of Fig. 4a")
     return lines
 
 
@@ -141,7 +147,7 @@ def comparison(names: Sequence[str], output: Path) -> list[str]:
         command = shlex.join(["python", "-m", "pattern_bench.report", "--compare", *names, "--output", str(output)])
         write_page(
             output / "index.html", "What changed",
-            {"lead": f"From {len(a.runs)} runs in {names[0]} (A) to {len(b.runs)} in {names[1]} (B).",
+            {"lead": f"From {counted(len(a.runs), 'run')} in {names[0]} (A) to {len(b.runs)} in {names[1]} (B).",
              "sections": comparison_sections(a, b, found, settings, command), "version": version("pattern_bench")},
         )  # fmt: skip
     missing = [line for side in (a, b) for line in missing_lines(side)]

@@ -342,7 +342,7 @@ def test_a_later_run_replaces_an_earlier_one_in_the_report(run_job, tmp_path, ca
     run_job(*SMALL, "layer=features.0", "seed=1")
     last = run_job(*SMALL, "layer=features.0", "seed=2")
     report([str(tmp_path), "--output", str(tmp_path / "report")])
-    assert "1 cells and 0 curves of earlier runs replaced" in capsys.readouterr().out
+    assert "1 cell and 0 curves of earlier runs replaced" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "report" / "fig3.csv")
     assert table["mean"].tolist() == [pytest.approx(read(last)["rho"]["all"]["mean"])]
     assert not torch.isnan(torch.tensor(table["mean"])).any()

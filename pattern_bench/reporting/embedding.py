@@ -24,23 +24,23 @@ def pictures(runs: Iterable[Run], galleries: Iterable[Pictures]) -> list[Picture
     wanted = [entry for gallery in galleries for entry in _of_gallery(gallery)]
     wanted += [_of_run(run) for run in runs if (run.folder / "explanations.png").is_file()]
     room = MOST_PICTURE_BYTES
-    shown: dict[str, Picture] = {}
+    shown: dict[tuple[str, str], Picture] = {}
     for file, name, heading, alt, caption in wanted:
         try:
             source, width, height = _embedded(file)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            shown[str(file)] = Picture(heading, "", alt, f"{name}/{file.name} cannot be read: {error}")
+            shown[str(file), heading] = Picture(heading, "", alt, f"{name}/{file.name} cannot be read: {error}")
             continue
-        if source in shown:  # the same picture from several runs, as of other criteria
-            shown[source] = replace(shown[source], caption=f"{shown[source].caption}, {caption}")
+        if before := shown.get((source, heading)):  # the same from several runs, as under other criteria
+            shown[source, heading] = replace(before, caption=f"{before.caption}, {caption}")
             continue
         room -= len(source)
         if room < 0:
-            shown[str(file)] = Picture(
+            shown[str(file), heading] = Picture(
                 heading, "", alt, f"{name}/{file.name} is left out: the page would grow too large"
             )
         else:
-            shown[source] = Picture(heading, source, alt, caption, width, height)
+            shown[source, heading] = Picture(heading, source, alt, caption, width, height)
     return list(shown.values())
 
 
