@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ METHODS = {
 }  # fmt: skip
 
 
-def _palette(names: list[str]) -> dict[str, tuple[float, float, float]]:
+def estimator_colours(names: Iterable[str]) -> dict[str, tuple[float, float, float]]:
     """Colour-blind safe, the same colour for the same name in every figure."""
     known = [*ESTIMATORS, "none"]
     colours = sns.color_palette("colorblind", 10)
@@ -68,7 +68,7 @@ def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame) -> bool:
         order = table.sort_values("layer_index").layer.unique().tolist()
         sns.pointplot(
             table, x="layer", y="rho", hue="estimator", order=order, hue_order=estimators,
-            palette=_palette(estimators), estimator="median", errorbar=("pi", 50),
+            palette=estimator_colours(estimators), estimator="median", errorbar=("pi", 50),
             dodge=dodge * (len(estimators) - 1) or False, linestyle="none", markersize=5, err_kws={"linewidth": 1.6},
             ax=axis, legend=axis is axes[0][-1],
         )  # fmt: skip
@@ -114,7 +114,7 @@ def draw_degradation(degradation: pd.DataFrame, path: Path) -> bool:
             for (name, method), curve in table.groupby(["estimator", "method"])
         }
         with_patterns = {method for name, method in curves if name != "none"}
-        estimators = _palette(list(table.estimator.unique()))
+        estimators = estimator_colours(list(table.estimator.unique()))
         free = sorted({method for name, method in curves if name == "none"}, key=_method_place)
         colours = dict(zip(free, sns.color_palette("husl", max(8, len(free))), strict=False))
         places = {name: place for place, name in enumerate(ordered(set(table.estimator) - {"none"}))}
