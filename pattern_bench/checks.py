@@ -14,6 +14,7 @@ A run leaves ``sanity.csv``, ``randomisation.png``, ``convergence.png`` and ``sa
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,9 +39,8 @@ from pattern_bench.methods.base import Method, kind_of
 from pattern_bench.methods.patterns import LrpZ
 from pattern_bench.preparation import Setup, prepare
 from pattern_bench.progress import Bar, Stages
-from pattern_bench.record import begin, complete
+from pattern_bench.record import Record, begin, recorded
 from pattern_bench.streams import fast_layout
-from pattern_bench.tracking import Tracker
 
 COLUMNS = (
     "model", "data", "estimator", "method", "check", "layer", "layer_index", "measure", "mean", "std", "n",
@@ -69,10 +69,10 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         UserError: for what the user can mend.
     """
     one_process(cfg)
-    config = begin(cfg, folder, SUMMARY)
+    begun = begin(cfg, folder, SUMMARY)
     _check(cfg)
     methods = chosen_methods(cfg, [name for name in cfg.methods if name not in MANY_PASSES])
-    shown = Stages()
+    shown = Stages(cfg.quiet)
     with shown.run("prepare", "prepare data and model") as bar:
         setup = prepare(cfg, folder, bar, explanations.check)
         check_methods(setup, methods)
@@ -81,8 +81,10 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         needed = any(kind_of(method).needs_patterns for method in methods.values())
         images = _images(setup.splits["validation"], cfg.images, "images")
         refit = _images(setup.splits["fit"], cfg.refit, "refit") if needed and cfg.refit else None
-    with Tracker(cfg.logger, folder, f"{setup.model_name}/{setup.estimator.name}/sanity", config) as tracker:
-        return _checks(setup, methods, images, refit, needed, shown, tracker, folder)
+    title = f"{setup.model_name}/{setup.estimator.name}/sanity"
+    names = {"title": title, **setup.names, "estimator": setup.estimator.name}
+    with recorded(cfg, folder, begun, "sanity", names) as record:
+        return _checks(setup, methods, images, refit, needed, shown, record)
 
 
 def _check(cfg: DictConfig) -> None:
@@ -111,8 +113,7 @@ def _checks(
     refit: Tensor | None,
     needed: bool,
     shown: Stages,
-    tracker: Tracker,
-    folder: Path,
+    record: Record,
 ) -> dict[str, Any]:
     patterns: dict[str, Pattern] = {}
     if needed:
@@ -138,7 +139,7 @@ def _checks(
         **setup.names,
         estimator=[setup.estimator.name if kind_of(methods[m]).needs_patterns else "none" for m in table.method],
     )[list(COLUMNS)]
-    results.write_csv(folder / "sanity.csv", table)
+    record.csv("sanity.csv", table)
     title = f"{setup.model_name} on {setup.source.name} (n = {len(images)})"
     if needed:
         title += f", patterns {figures.LABELS.get(setup.estimator.name, setup.estimator.name)}"
@@ -150,9 +151,9 @@ def _checks(
             more = ""
             if needed and check == "randomisation":
                 more = " of the trained network" if refit is None else " fitted again after each layer"
-            figures.draw_similarity(part, folder / f"{check}.png", title + more, xlabel, ylabels)
-            tracker.image(f"figures/{check}", folder / f"{check}.png")
-    tracker.table("sanity", table)
+            draw = functools.partial(figures.draw_similarity, part, title=title + more, xlabel=xlabel, ylabels=ylabels)
+            record.picture(f"figures/{check}", f"{check}.png", f"{check} of {title}{more}", draw)
+    record.table("sanity", table)
     summary = {
         **setup.names,
         "estimator": setup.estimator.name,
@@ -166,10 +167,10 @@ def _checks(
         "all_layers_randomised": _ends(table[table.check == "randomisation"]),
         "at_the_image": _ends(table[table.check == "convergence"]),
         "left_out": left_out,
-        "seconds": shown.seconds,
-        **results.environment(),
+        **shown.figures(),
+        "versions": results.versions(),
     }
-    complete(folder, SUMMARY, summary)
+    record.end(SUMMARY, summary, "-".join([*setup.names.values(), setup.estimator.name, "sanity"]))
     return summary
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
@@ -117,11 +118,12 @@ def _layer_rho_on(
 
 
 def descent(
-    setup: Setup, patterns: Mapping[str, Pattern], fit_bar: Bar
+    setup: Setup, patterns: Mapping[str, Pattern], fit_bar: Bar, tell: Callable[[int, float], None]
 ) -> tuple[dict[str, Reader], dict[str, Any], Met]:
     """Readers of the selected layers, fitted on the probe split; what the descent took; what it met.
 
-    The readers of the round with the lowest loss are kept in the run's ``checkpoints``, and are those returned.
+    The readers of the round with the lowest loss are kept in the run's ``checkpoints``, and are those returned. Every
+    round's number and loss are told as soon as they are known; those of an interrupted run again, at once.
     """
     cfg, split = setup.cfg.probe, setup.splits["probe"]
     layers: dict[str, Any] = {layer: setup.model.get_submodule(layer) for layer in patterns}
@@ -142,14 +144,16 @@ def descent(
         state = kept[0]
         module.load_state_dict({name: tensor for name, tensor in state.items() if name.startswith("readers.")})
         took = {"steps": int(state["steps"]), "loss": float(state["loss"]), "stopped_early": bool(state["early"])}
+        for epoch, loss in enumerate(state["losses"].tolist()):
+            tell(epoch, loss)
         return readers, took, met(split, Seen.from_tensors(state))
     _calibrate(setup, module)
-    fit_bar.start(cfg.steps)
+    fit_bar.start(cfg.steps, unit="steps")
     best = ModelCheckpoint(setup.folder / "checkpoints", "readers-{step}", monitor="loss", save_on_train_epoch_end=True)
     patience = EarlyStopping("loss", patience=cfg.patience, min_delta=1e-5, check_on_train_epoch_end=True)
     # Last, so that it holds what the others have come to.
     every_round, last = checkpoint(setup.folder, f"readers-{partial.key}")
-    trainer = setup.trainer(fit_bar, best, patience, every_round, max_epochs=-1)
+    trainer = setup.trainer(fit_bar, _Telling(module, tell), best, patience, every_round, max_epochs=-1)
     loader = split.shuffled(batches, setup.source.workers)
     if not fits(lambda: trainer.fit(module, loader, ckpt_path=last, weights_only=True)):
         raise module.too_small("the readers of all layers and what Adam keeps of them")
@@ -160,8 +164,24 @@ def descent(
     took = {"steps": trainer.global_step, "loss": loss, "stopped_early": patience.stopped_epoch > 0}
     ends = {"steps": trainer.global_step, "loss": loss, "early": took["stopped_early"]}
     end = {name: torch.tensor(value, dtype=torch.float64) for name, value in ends.items()}
-    partial.save(state | end | module.seen.tensors(), len(split))
+    losses = {"losses": torch.tensor(module.losses, dtype=torch.float64)}
+    partial.save(state | end | losses | module.seen.tensors(), len(split))
     return readers, took, met(split, module.seen)
+
+
+class _Telling(pl.Callback):
+    """Tells of the loss of every round."""
+
+    def __init__(self, module: ReaderDescent, tell: Callable[[int, float], None]) -> None:
+        self.module, self.tell = module, tell
+
+    def on_train_start(self, *_: Any) -> None:
+        for epoch, loss in enumerate(self.module.losses):
+            self.tell(epoch, loss)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.module.losses.append(float(trainer.callback_metrics["loss"]))
+        self.tell(len(self.module.losses) - 1, self.module.losses[-1])
 
 
 def _calibrate(setup: Setup, module: ReaderDescent) -> None:
@@ -189,7 +209,7 @@ def measure_readers(
     split = setup.splits["validation"]
     stream = ReadingStream(setup.model, readers)
     partial = setup.partial("read", images=split.fingerprint, readers=checksum(stream.readers.state_dict(), {}))
-    bar.start(0)
+    bar.start(0, unit="images")
     stream_over(setup, stream, split, partial, bar)
     here = met(split, stream.seen)
     tables = []

@@ -59,7 +59,7 @@ def measure_accuracy(setup: Setup, bar: Bar) -> tuple[dict[str, Any], Met]:
     """Top-1 and top-5 accuracy on the validation images, or why there is none; and the images met."""
     split = setup.splits["validation"]
     stream = AccuracyStream(setup.model)
-    bar.start(0)
+    bar.start(0, unit="images")
     partial = setup.partial("accuracy", model=setup.model_key, images=split.fingerprint)
     stream_over(setup, stream, split, partial, bar)
     found = met(split, stream.seen)
@@ -183,7 +183,7 @@ def _rows(
         stage, model=setup.model_key, images=split.fingerprint, patterns=checksum(used, {}), seed=setup.cfg.seed,
         method=OmegaConf.to_container(setup.cfg.method), estimator=setup.estimator.name, **more,
     )  # fmt: skip
-    bar.start(0)
+    bar.start(0, unit="images")
     stream_over(setup, stream, split, partial, bar, batch_size)
     return _joined_rows(stream), met(split, stream.seen)
 

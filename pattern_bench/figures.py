@@ -19,18 +19,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pattern_bench.files import write_file
+from pattern_bench.names import METHODS, plain
 from pattern_bench.results import ESTIMATORS, ordered, standard_errors
 
 DPI = 200
 PRINT_DPI = 300
 HEAT = "seismic"
 LABELS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
-METHODS = {
-    "random_order": "random order", "pattern_net": "PatternNet", "pattern_attribution": "PatternAttribution",
-    "lrp_z": "LRP z-rule", "dtd_w2": "w²-rule", "gradient": "gradient", "deconvnet": "DeConvNet",
-    "guided_backprop": "Guided BackProp", "integrated_gradients": "Integrated Gradients", "smoothgrad": "SmoothGrad",
-    "occlusion": "occlusion", "prediction_difference": "prediction difference",
-}  # fmt: skip
 
 
 def estimator_colours(names: Iterable[str]) -> dict[str, tuple[float, float, float]]:
@@ -120,7 +115,7 @@ def draw_degradation(degradation: pd.DataFrame, path: Path) -> bool:
         places = {name: place for place, name in enumerate(ordered(set(table.estimator) - {"none"}))}
         for name, method in sorted(curves, key=lambda key: (places.get(key[0], 99), _method_place(key[1]))):
             curve = curves[name, method]
-            baseline, title = method.startswith("random_order"), _method_title(method)
+            baseline, title = method.startswith("random_order"), plain(method)
             label = title if name == "none" else LABELS.get(name, name)
             if name != "none" and (len(with_patterns) > 1 or len(free) > 1):
                 label += f", {title}"
@@ -143,11 +138,6 @@ def _method_place(method: str) -> tuple[int, str]:
     name = method.split(",")[0]
     order = [*list(METHODS)[1:], "random_order"]
     return (order.index(name) if name in order else 99, method)
-
-
-def _method_title(method: str) -> str:
-    name, *differs = method.split(",")
-    return ",".join([METHODS.get(name, name), *differs])
 
 
 def draw_explanations(images: Tensor, columns: Mapping[str, Tensor], captions: list[str], path: Path) -> None:
@@ -246,7 +236,7 @@ def draw_similarity(table: pd.DataFrame, path: Path, title: str, xlabel: str, yl
         for i, method in enumerate(methods):
             curve = chosen[chosen.method == method].sort_values("layer_index", ascending=False)
             at = [order.index(layer) for layer in curve.layer]
-            axis.plot(at, curve["mean"], label=_method_title(method), color=colours[method], linewidth=1.4,
+            axis.plot(at, curve["mean"], label=plain(method), color=colours[method], linewidth=1.4,
                       marker=markers[i % len(markers)], markersize=3.5)  # fmt: skip
             axis.fill_between(at, curve["mean"] - curve["std"], curve["mean"] + curve["std"], color=colours[method],
                               alpha=0.1, linewidth=0)  # fmt: skip

@@ -76,7 +76,7 @@ def collect(setup: Setup, split: str, gram: bool, bar: Bar) -> tuple[SplitMoment
     whole = setup.splits[split]
     chunks = setup.cfg.bootstrap.chunks
     pieces = whole.chunks(chunks) if setup.cfg.bootstrap.resamples else [whole]
-    bar.start(0)
+    bar.start(0, unit="images")
     found, everything = [], Met(0, [])
     for number, piece in enumerate(pieces):
         moments, here = _collect_piece(setup, piece, gram, f"{split}-{number}", bar)
@@ -101,7 +101,7 @@ def _collect_piece(
     with setup.cache.lock("moments", key_of(**shared)) if ranks.first() else nullcontext():
         missing, there = _missing(setup, keys)
         if not missing:
-            bar.add_images(len(piece), len(piece), setup.source.batch_size)
+            bar.add_images(len(piece), len(piece))
             return dict(keys), there
         seeds = {layer: setup.seed(layer) for layer in missing}
         stream = MomentStream(setup.model, missing, gram, setup.memory, setup.cfg.moments.positions, seeds)

@@ -34,13 +34,11 @@ from pattern_bench.core.sanity import unit_scale
 from pattern_bench.data.splits import Unreadable
 from pattern_bench.errors import UserError
 from pattern_bench.figures import Panel
-from pattern_bench.files import write_tensors
 from pattern_bench.methods.base import kind_of
 from pattern_bench.methods.patterns import LrpZ
 from pattern_bench.preparation import Setup, prepare
 from pattern_bench.progress import Stages
-from pattern_bench.record import begin, complete
-from pattern_bench.tracking import Tracker
+from pattern_bench.record import Record, begin, recorded
 
 FIGURES = ("fig1", "fig4b", "fig5")
 IMAGES = 6
@@ -83,9 +81,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         UserError: for what the user can mend.
     """
     one_process(cfg)
-    config = begin(cfg, folder, SUMMARY)
+    begun = begin(cfg, folder, SUMMARY)
     _check(cfg)
-    shown = Stages()
+    shown = Stages(cfg.quiet)
     estimators: dict[str, Estimator] = {}
     methods: dict[str, Any] = {}
     if cfg.figure == "fig4b":
@@ -100,8 +98,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             setup = replace(setup, estimator=next((e for e in estimators.values() if e.has_pattern), setup.estimator))
         check_methods(setup, methods)
         positions = _positions(setup)
-    with Tracker(cfg.logger, folder, f"{setup.model_name}/{cfg.figure}", config) as tracker:
-        return _explain_and_draw(setup, methods, estimators, positions, shown, tracker, folder)
+    found_by = {"title": f"{setup.model_name}/{cfg.figure}", **setup.names, "figure": str(cfg.figure)}
+    with recorded(cfg, folder, begun, "gallery", found_by) as record:
+        return _explain_and_draw(setup, methods, estimators, positions, shown, record)
 
 
 def _check(cfg: DictConfig) -> None:
@@ -208,8 +207,7 @@ def _explain_and_draw(
     estimators: Mapping[str, Estimator],
     positions: list[int],
     shown: Stages,
-    tracker: Tracker,
-    folder: Path,
+    record: Record,
 ) -> dict[str, Any]:
     figure = str(setup.cfg.figure)
     needed = bool(estimators) or any(kind_of(method).needs_patterns for method in methods.values())
@@ -231,12 +229,14 @@ def _explain_and_draw(
     if not columns:
         raise UserError(f"nothing can be shown: {'; '.join(left_out.values())}")
     with shown.run("draw", f"draw {figure}"):
-        path = folder / f"{figure}.png"
-        figures.draw_panels(*_layout(figure, chosen, columns), path, setup.cfg.percentile)
+        about = f"Explanations of {setup.model_name} on {setup.source.name}: {', '.join(c.title for c in columns)}"
+        record.picture(
+            f"figures/{figure}", f"{figure}.png", about,
+            lambda file: figures.draw_panels(*_layout(figure, chosen, columns), file, setup.cfg.percentile),
+        )  # fmt: skip
         explained = {c.key: unit_scale(c.explanations).float() for c in columns}
         names = {**setup.names, "figure": figure}
-        write_tensors(folder / TENSORS, {"images": chosen.images, **explained}, names)
-    tracker.image(f"figures/{figure}", path)
+        record.tensors(TENSORS, {"images": chosen.images, **explained}, names)
     summary = {
         **setup.names,
         "figure": figure,
@@ -253,10 +253,10 @@ def _explain_and_draw(
             for column in columns
         ],
         "left_out": left_out,
-        "seconds": shown.seconds,
-        **results.environment(),
+        **shown.figures(),
+        "versions": results.versions(),
     }
-    complete(folder, SUMMARY, summary)
+    record.end(SUMMARY, summary, "-".join(names.values()))
     return summary
 
 

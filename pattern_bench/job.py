@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig
 
-from pattern_bench import criterion, explanations, figures, fitting, ranks, results
+from pattern_bench import criterion, explanations, figures, fitting, ranks, results, terminal
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.data.splits import SPLITS
 from pattern_bench.halving import enough_memory
@@ -16,8 +16,7 @@ from pattern_bench.methods.base import kind_of
 from pattern_bench.passes import Met
 from pattern_bench.preparation import Setup, layer_setting, prepare
 from pattern_bench.progress import Stages
-from pattern_bench.record import Record, begin, is_complete
-from pattern_bench.tracking import Tracker
+from pattern_bench.record import Record, begin, is_complete, recorded
 from pattern_bench.trainer import joined
 
 SUMMARY = "summary.json"
@@ -31,24 +30,35 @@ def run(cfg: DictConfig, folder: Path) -> None:
         UserError: for what the user can mend.
     """
     with enough_memory(), joined(cfg.trainer):
-        shown = Stages()
+        shown = Stages(cfg.quiet)
         folder = Path(ranks.text_from_any(str(folder) if ranks.first() else ""))
         if is_complete(cfg, folder, SUMMARY):
             shown.console.print(f"this run is complete: remove {folder / SUMMARY} to do it again", soft_wrap=True)
             return
-        config = begin(cfg, folder, SUMMARY)
+        begun = begin(cfg, folder, SUMMARY)
         with shown.run("prepare", "prepare data and model") as bar:
             setup = prepare(cfg, folder, bar, explanations.check)
-        if not ranks.first():
-            _stages(setup, shown, Record(folder, None))
-            return
-        name = f"{setup.model_name}/{cfg.layer}/{setup.estimator.name}"
-        with Tracker(cfg.logger, folder, name, config) as tracker:
-            _stages(setup, shown, Record(folder, tracker))
+        with recorded(cfg, folder, begun, "job", _names(setup)) as record:
+            _stages(setup, shown, record)
+
+
+def _names(setup: Setup) -> dict[str, str]:
+    """What a run is found by in the tracker."""
+    layer = "all" if setup.layers == setup.all_layers else ",".join(setup.layers)
+    return {
+        "title": f"{setup.model_name}/{layer}/{setup.estimator.name}",
+        **setup.names,
+        "layer": layer,
+        "estimator": setup.estimator.name,
+        "method": kind_of(explanations.chosen_method(setup)[0]).name,
+        "criterion": str(setup.cfg.criterion),
+        "probe": str(setup.cfg.probe.name),
+    }
 
 
 def _stages(setup: Setup, shown: Stages, record: Record) -> None:
     cfg, estimator, names = setup.cfg, setup.estimator, setup.names
+    title = "-".join([*names.values(), estimator.name])
     unreadable: set[str] = set()
     record.csv("splits.csv", results.split_table(setup.splits, unreadable))
 
@@ -57,6 +67,10 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
             some = ", ".join(fresh[:5]) + (" …" if len(fresh) > 5 else "")
             shown.console.print(f"{len(fresh)} images cannot be read and are left out: {some}")
             unreadable.update(fresh)
+
+    fingerprints = {name: setup.splits[name].fingerprint for name in SPLITS}
+    record.uses("data", setup.source.name, {"splits": fingerprints})
+    record.uses("weights", setup.model_name, {"fingerprint": setup.model_key})
 
     accuracy: dict[str, Any] = {**names}
     reason = explanations.why_no_accuracy(setup)
@@ -77,6 +91,9 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
         with shown.run(name, title) as bar:
             moments, met = fitting.collect(setup, split, gram, bar)
         meet(met)
+        of = {"model": setup.model_key, "images": fingerprints[split], "layers": setup.layers, "gram": gram}
+        of |= {"positions": cfg.moments.positions}
+        record.uses("moments", f"{setup.model_name}-{setup.source.name}-{split}", of)
         return moments
 
     patterns: dict[str, Pattern] = {}
@@ -92,6 +109,8 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
             {**names, "estimator": estimator.name, "split": "fit", "images": str(len(setup.splits["fit"])),
              "seed": str(cfg.seed), "model_fingerprint": setup.model_key},
         )  # fmt: skip
+        fitted = {"estimator": estimator.name, "model": setup.model_key, "images": fingerprints["fit"]}
+        record.uses("patterns", title, fitted, "patterns.safetensors")
         tables = []
         if "closed_form" in criterion.probes(setup):
             probe = collect("probe", "fit_probe", "fit v on the second half", gram=True)
@@ -101,7 +120,9 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
             tables.append(table)
         if "sgd" in criterion.probes(setup):
             with shown.run("fit_readers", "fit v on the second half by descent") as bar:
-                readers, how["descent"], met = criterion.descent(setup, patterns, bar)
+                readers, how["descent"], met = criterion.descent(
+                    setup, patterns, bar, lambda epoch, loss: record.curve("descent", epoch, {"loss": loss})
+                )
             meet(met)
             with shown.run("read", "ρ(S) of every neuron, by descent") as bar:
                 table, met = criterion.measure_readers(setup, patterns, readers, bar)
@@ -125,14 +146,19 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
     rho_summary = results.summarise_rho(rho[rho.probe == criterion.probes(setup)[0]], bootstrap)
     record.metrics(
         {
-            f"rho/{layer['layer']}/{figure}": layer[figure]
-            for layer in rho_summary["layers"]
+            f"rho/{place}{figure}": layer[figure]
+            for place, layer in [("", rho_summary["all"]), *((f"{of['layer']}/", of) for of in rho_summary["layers"])]
             for figure in ("mean", "median")
             if layer[figure] is not None
         }
     )
+    for layer, rows in rho.groupby("layer", sort=False):
+        record.distribution(f"rho/{layer}/distribution", rows.rho)
     record.table("rho", rho)
-    record.picture("figures/rho", "rho.png", lambda file: figures.draw_rho(rho, file, bootstrap))
+    if len(bootstrap):
+        record.table("bootstrap", bootstrap)
+    about = f"{setup.model_name} on {setup.source.name}, {estimator.name}"
+    record.picture("figures/rho", "rho.png", f"ρ(S) of {about}", lambda file: figures.draw_rho(rho, file, bootstrap))
 
     areas: dict[str, float] = {}
     intervals: dict[str, list[float]] = {}
@@ -144,8 +170,9 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
             shown_images, met = explanations.explain(setup, shaped, bar)
         meet(met)
         record.picture(
-            "figures/explanations", "explanations.png", lambda file: figures.draw_explanations(*shown_images, file)
-        )
+            "figures/explanations", "explanations.png", f"Validation images and what explains {about}",
+            lambda file: figures.draw_explanations(*shown_images, file),
+        )  # fmt: skip
         patch, steps = explanations.patch_and_steps(setup)
         with shown.run("degrade", "image degradation") as bar:
             curves, met = explanations.degrade(setup, shaped, bar)
@@ -157,9 +184,13 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
         shown.skip("explain", "explain validation images", reason)
         shown.skip("degrade", "image degradation", reason)
     record.csv("degradation.csv", degradation)
-    record.picture("figures/degradation", "degradation.png", lambda file: figures.draw_degradation(degradation, file))
-    for method, step, probability in degradation[["method", "step", "probability_mean"]].itertuples(index=False):
-        record.metrics({f"degradation/{method}": probability}, step=int(step))
+    record.table("degradation", degradation)
+    record.picture(
+        "figures/degradation", "degradation.png", f"Image degradation of {about}",
+        lambda file: figures.draw_degradation(degradation, file),
+    )  # fmt: skip
+    for step, rows in degradation.groupby("step"):
+        record.curve("degradation", int(str(step)), dict(zip(rows.method, rows.probability_mean, strict=True)))
     record.metrics({f"area_over_curve/{method}": area for method, area in areas.items()})
     record.csv("splits.csv", results.split_table(setup.splits, unreadable))
 
@@ -184,7 +215,9 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
         "accuracy": accuracy.get("top1"),
         "signal_angle_degrees": fitting.signal_angles(setup, patterns),
         "skipped": shown.skipped,
-        "seconds": shown.seconds,
-        **results.environment(),
+        **shown.figures(),
+        "versions": results.versions(),
     }
-    record.end(SUMMARY, summary)
+    record.metrics({f"{what}/{stage}": value for what, of in shown.figures().items() for stage, value in of.items()})
+    record.end(SUMMARY, summary, title)
+    terminal.show(summary, shown.console)

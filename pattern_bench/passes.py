@@ -64,7 +64,7 @@ def stream_over(
     if (kept := partial.load()) is not None:
         stream.kept, done = kept
     loader = setup.loader(split, positions[done:], batch_size)
-    bar.add_images(len(positions), done, batch_size)
+    bar.add_images(len(positions), done)
     # Methods that explain need autograd.
     trainer = setup.trainer(bar, _Keeping(stream, partial, done), inference_mode=False)
     if not fits(lambda: trainer.predict(stream, loader, return_predictions=False)):

@@ -222,7 +222,7 @@ def _check_bootstrap(cfg: DictConfig, cache: Cache, splits: Mapping[str, Split])
 
 
 def _read_all(splits: Mapping[str, Split], bar: Bar) -> None:
-    bar.start(sum(len(split) for split in splits.values()), "reading every image (data.strict)")
+    bar.start(sum(len(split) for split in splits.values()), "reading every image (data.strict)", "images")
     for split in splits.values():
         for position in range(len(split)):
             split[position]
@@ -278,7 +278,7 @@ def _train_here(setup: Setup, model: nn.Module, training: Training, bar: Bar) ->
             model.load_state_dict(entry[0])
             return
         batches = GlobalBatches(len(images), training.batch_size, setup.cfg.seed)
-        bar.start(training.epochs * len(batches), "training")
+        bar.start(training.epochs * len(images), "training", "images")
         learner = Learner(model, training, setup.source.regression, batches)
         device = setup.device
         every_epoch, last = checkpoint(setup.folder, f"training-{key}")

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +21,10 @@ from pattern_bench import ranks
 from pattern_bench.errors import UserError
 from pattern_bench.files import write_file, write_tensors
 from pattern_bench.results import versions, write_csv, write_json
-from pattern_bench.tracking import Tracker
+from pattern_bench.tracking import Tracker, track
 
 PARTIAL = "partial"
+CONFIG = "config.yaml"
 
 
 class Record:
@@ -27,50 +33,86 @@ class Record:
     Args:
         folder: the run's.
         tracker: of the first process; None in the others.
+        run_id: see :func:`begin`.
     """
 
-    def __init__(self, folder: Path, tracker: Tracker | None) -> None:
-        self.folder, self.tracker = folder, tracker
+    def __init__(self, folder: Path, tracker: Tracker | None, run_id: str) -> None:
+        self.folder, self.tracker, self.run_id = folder, tracker, run_id
+        self.files = {CONFIG: folder / CONFIG}
 
     def csv(self, name: str, table: pd.DataFrame) -> None:
         if self.tracker is not None:
-            write_csv(self.folder / name, table)
+            write_csv(self._file(name), table)
 
     def json(self, name: str, content: Mapping[str, Any]) -> None:
         if self.tracker is not None:
-            write_json(self.folder / name, content)
+            write_json(self._file(name), content)
 
     def tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Not among the files that ``end`` gives to the tracker: tensors may have gigabytes."""
         if self.tracker is not None:
             write_tensors(self.folder / name, tensors, metadata)
 
-    def picture(self, name: str, file: str, draw: Callable[[Path], Any]) -> None:
+    def picture(self, name: str, file: str, caption: str, draw: Callable[[Path], Any]) -> None:
         """Lets ``draw`` make a picture, unless it returns False because there is nothing to draw."""
         if self.tracker is not None and draw(self.folder / file) is not False:
-            self.tracker.image(name, self.folder / file)
+            self.tracker.image(name, self._file(file), caption)
 
-    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+    def metrics(self, values: Mapping[str, float]) -> None:
         if self.tracker is not None:
-            self.tracker.metrics(values, step)
+            self.tracker.metrics(values)
+
+    def curve(self, name: str, at: int, values: Mapping[str, float]) -> None:
+        if self.tracker is not None:
+            self.tracker.curve(name, at, values)
 
     def table(self, name: str, table: pd.DataFrame) -> None:
         if self.tracker is not None:
             self.tracker.table(name, table)
 
-    def end(self, name: str, summary: Mapping[str, Any]) -> None:
-        """Ends the run, with all processes."""
-        ranks.wait()
+    def distribution(self, name: str, values: Iterable[float]) -> None:
         if self.tracker is not None:
-            complete(self.folder, name, summary)
+            self.tracker.distribution(name, values)
+
+    def uses(self, kind: str, name: str, about: Mapping[str, Any], file: str | None = None) -> None:
+        if self.tracker is not None:
+            self.tracker.uses(kind, name, about, None if file is None else self.folder / file)
+
+    def end(self, name: str, summary: Mapping[str, Any], title: str) -> None:
+        """Ends the run, with all processes: the file ``name``, which says that it is complete, comes last.
+
+        ``title`` names the artifact of its results.
+        """
+        ranks.wait()
+        if self.tracker is None:
+            return
+        hidden = self.folder / f".{name}"
+        ended = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(hidden, {"run_id": self.run_id, "ended": ended, **summary})
+        files = {**self.files, name: hidden}
+        self.tracker.keep(files)
+        self.tracker.makes("results", title, files, {"run_id": self.run_id})
+        self.tracker.finish(succeeded=True)
+        os.replace(hidden, self.folder / name)
+        shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
+
+    def _file(self, name: str) -> Path:
+        self.files[name] = self.folder / name
+        return self.files[name]
 
 
-def begin(cfg: DictConfig, folder: Path, mark: str) -> dict[str, Any]:
+def begin(cfg: DictConfig, folder: Path, mark: str) -> tuple[dict[str, Any], str]:
     """Opens a run's folder: checks that results can be written before anything is computed, unmakes the ``mark`` of an
-    earlier run's end, and writes the configuration down, which it returns as plain data.
+    earlier run's end, and writes the configuration down.
+
+    Returns:
+        The configuration as plain data; and the run's id, eight characters, in the first process. A run that is taken
+        up has the id that it had.
 
     Raises:
         UserError: where the folder cannot be written.
     """
+    run_id = ""
     if ranks.first():
         try:
             (folder / mark).unlink(missing_ok=True)
@@ -81,14 +123,34 @@ def begin(cfg: DictConfig, folder: Path, mark: str) -> dict[str, Any]:
             raise UserError(
                 f"hydra.run.dir={folder} cannot be written ({error.strerror}): choose another folder"
             ) from error
-        write_file(folder / "config.yaml", lambda file: OmegaConf.save(cfg, file, resolve=True))
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+        write_file(folder / CONFIG, lambda file: OmegaConf.save(cfg, file, resolve=True))
+        run_id = _run_id(folder)
+    return OmegaConf.to_container(cfg, resolve=True), run_id  # type: ignore[return-value]
 
 
-def complete(folder: Path, mark: str, summary: Mapping[str, Any]) -> None:
-    """Writes the file that says that the run is complete, and removes what an unfinished one needs."""
-    write_json(folder / mark, summary)
-    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+def _run_id(folder: Path) -> str:
+    file = folder / PARTIAL / "run_id"
+    with suppress(OSError, ValueError):
+        if re.fullmatch("[0-9a-f]{8}", known := file.read_text()):
+            return known
+    new = secrets.token_hex(4)
+    with suppress(OSError):  # without room for it, only an interrupted run's W&B run would begin anew
+        file.parent.mkdir(exist_ok=True)
+        write_file(file, lambda part: part.write_text(new))
+    return new
+
+
+@contextmanager
+def recorded(
+    cfg: DictConfig, folder: Path, begun: tuple[dict[str, Any], str], job: str, names: Mapping[str, str]
+) -> Iterator[Record]:
+    """Within, the record of a run that was begun, with its tracker in the first process."""
+    config, run_id = begun
+    if not ranks.first():
+        yield Record(folder, None, run_id)
+        return
+    with track(cfg.logger, folder, run_id, job, names, config) as tracker:
+        yield Record(folder, tracker, run_id)
 
 
 def is_complete(cfg: DictConfig, folder: Path, mark: str) -> bool:
@@ -97,7 +159,7 @@ def is_complete(cfg: DictConfig, folder: Path, mark: str) -> bool:
     if ranks.first():
         try:
             done = json.loads((folder / mark).read_text())
-            then = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+            then = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
             complete = then == OmegaConf.to_container(cfg, resolve=True) and done.get("versions") == versions()
         except (OSError, ValueError, AttributeError):
             complete = False

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
-import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -121,15 +119,6 @@ def _number(value: Any) -> float | None:
 def versions() -> dict[str, str]:
     """Of Python and the packages that results depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def environment() -> dict[str, Any]:
-    """Versions, and the peak memory of this process in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "versions": versions(),
-        "peak_memory_mib": round(peak / (2**20 if sys.platform == "darwin" else 2**10)),
-    }
 
 
 def split_table(splits: Mapping[str, Split], unreadable: set[str]) -> pd.DataFrame:
