@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,8 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
             tables.append(table)
         if "sgd" in criterion.probes(setup):
             with shown.run("fit_readers", "fit v on the second half by descent") as bar:
-                readers, how["descent"], met = criterion.descent(
-                    setup, patterns, bar, lambda epoch, loss: record.curve("descent", epoch, {"loss": loss})
-                )
+                tell = functools.partial(record.curve, "descent")
+                readers, how["descent"], met = criterion.descent(setup, patterns, bar, tell)
             meet(met)
             with shown.run("read", "ρ(S) of every neuron, by descent") as bar:
                 table, met = criterion.measure_readers(setup, patterns, readers, bar)
