@@ -59,7 +59,7 @@ def _names(setup: Setup) -> dict[str, str]:
 
 def _stages(setup: Setup, shown: Stages, record: Record) -> None:
     cfg, estimator, names = setup.cfg, setup.estimator, setup.names
-    title = "-".join([*names.values(), estimator.name])
+    what = "-".join([*names.values(), estimator.name])
     unreadable: set[str] = set()
     record.csv("splits.csv", results.split_table(setup.splits, unreadable))
 
@@ -111,7 +111,7 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
              "seed": str(cfg.seed), "model_fingerprint": setup.model_key},
         )  # fmt: skip
         fitted = {"estimator": estimator.name, "model": setup.model_key, "images": fingerprints["fit"]}
-        record.uses("patterns", title, fitted, "patterns.safetensors")
+        record.uses("patterns", what, fitted, "patterns.safetensors")
         tables = []
         if "closed_form" in criterion.probes(setup):
             probe = collect("probe", "fit_probe", "fit v on the second half", gram=True)
@@ -219,5 +219,5 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
         "versions": results.versions(),
     }
     record.metrics({f"{what}/{stage}": value for what, of in shown.figures().items() for stage, value in of.items()})
-    record.end(SUMMARY, summary, title)
+    record.end(SUMMARY, summary, what)
     terminal.show(summary, shown.console)

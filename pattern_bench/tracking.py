@@ -211,7 +211,9 @@ class WandbTracker(Tracker):
     def _artifact(self, kind: str, name: str, files: Mapping[str, Path], about: Mapping[str, Any]) -> Any:
         import wandb
 
-        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", f"{kind}-{name}")[:128], type=kind, metadata=dict(about))
+        artifact = wandb.Artifact(
+            re.sub(r"[^A-Za-z0-9_.-]", "-", f"{kind}-{name}")[:128], type=kind, metadata=dict(about)
+        )
         with artifact.new_file(f"{kind}.json") as stream:
             json.dump(about, stream, indent=2, sort_keys=True)
         for file, path in files.items():

@@ -273,6 +273,15 @@ def test_a_drawn_run_is_executed_as_the_agent_would(draw, name, cache_dir, tmp_p
     assert (folder / ("sanity.json" if name == "sanity" else "summary.json")).is_file()
     overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
     assert set(overrides) >= {f"{key}={part['value']}" for key, part in drawn.items()}
-    (run,) = (folder / "wandb").glob("offline-run-*-run45678")
-    if "metric" in config:
-        assert config["metric"]["name"] in json.loads((run / "files" / "wandb-summary.json").read_text())
+    assert [*(folder / "wandb").glob("offline-run-*-run45678")]
+
+
+def test_the_probes_sweep_goes_by_what_descent_tells_after_every_round(run_job):
+    """And what it tells is what ρ will be, but for the validation images that it leaves out."""
+    config = read("probe")
+    folder = run_job(*SMALL_JOB, "probe=sgd", "probe.steps=90", "probe.patience=90", "logger=csv")
+    told = pd.read_csv(folder / "csv" / "metrics.csv")[config["metric"]["name"]].dropna()
+    assert len(told) == 90  # 120 images of the probe split, in batches of 256
+    rho = pd.read_csv(folder / "rho.csv").rho
+    assert told.iloc[-1] == pytest.approx(rho.mean(), abs=0.05)
+    assert told.iloc[0] > told.iloc[-1]
