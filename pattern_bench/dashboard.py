@@ -4,6 +4,7 @@ What is in them is in ``dashboards.py``."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +33,8 @@ def dashboard(folders: Sequence[str], project: str, entity: str, output: Path) -
     except OSError as error:
         raise UserError(f"--output={output} cannot be written ({error.strerror}): choose another file") from error
     said = [f"{len(views)} views and a report: {output}"]
-    if not reachable():
-        return [*said, "not sent: there is no W&B key, or no answer; with both, the same command makes them on W&B"]
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or not reachable():
+        return [*said, "not sent, for want of a W&B key or an answer: with both, the same command makes them on W&B"]
     return said + dashboards.save(views, page)
 
 
