@@ -256,8 +256,7 @@ def _explain_and_draw(
         **shown.figures(),
         "versions": results.versions(),
     }
-    record.end(SUMMARY, summary, "-".join(names.values()))
-    return summary
+    return record.end(SUMMARY, summary, "-".join(names.values()))
 
 
 def _tasks(

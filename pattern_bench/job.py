@@ -66,7 +66,8 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
     def meet(met: Met) -> None:
         if fresh := [name for name in met.unreadable if name not in unreadable]:
             some = ", ".join(fresh[:5]) + (" …" if len(fresh) > 5 else "")
-            shown.console.print(f"{len(fresh)} images cannot be read and are left out: {some}")
+            count = "1 image" if len(fresh) == 1 else f"{len(fresh)} images"
+            shown.console.print(f"{count} cannot be read and are left out: {some}", highlight=False, soft_wrap=True)
             unreadable.update(fresh)
 
     fingerprints = {name: setup.splits[name].fingerprint for name in SPLITS}
@@ -219,5 +220,4 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
         "versions": results.versions(),
     }
     record.metrics({f"{what}/{stage}": value for what, of in shown.figures().items() for stage, value in of.items()})
-    record.end(SUMMARY, summary, what)
-    terminal.show(summary, shown.console)
+    terminal.show(record.end(SUMMARY, summary, what), shown.console)

@@ -33,7 +33,7 @@ def test_each_choice_composes_and_builds(configure, choice):
             OmegaConf.update(cfg, key, value)
     check_complete(cfg)
     OmegaConf.to_container(cfg, resolve=True)
-    if "_target_" in cfg[group] and choice != "trainer=gpu":
+    if "_target_" in cfg.get(group, {}) and choice != "trainer=gpu":
         build(cfg[group])
 
 
