@@ -11,19 +11,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
-from matplotlib.colors import to_hex
 from wandb_workspaces import expr
 from wandb_workspaces.reports.v2.internal import ReportViewspec
 from wandb_workspaces.workspaces.internal import View
 
 from pattern_bench.errors import UserError
-from pattern_bench.figures import estimator_colours
-from pattern_bench.report import find_runs
+from pattern_bench.reporting.runs import Found, read_runs
 from pattern_bench.results import ordered
+from pattern_bench.styles import estimator_colours
 
 RANDOM = "random_order"
 PICTURES = ("explanations", "fig1", "fig4b", "fig5", "randomisation", "convergence")
@@ -74,8 +74,14 @@ def measured(folders: Sequence[str]) -> dict[Setting, Measured]:
     Raises:
         UserError: where there is no complete run, or one is damaged.
     """
+    there = Found()
+    for name in folders:
+        there.look(Path(name).expanduser(), name)
+    runs = read_runs(there)
+    if not runs:
+        raise UserError(f"DIR={' '.join(folders)} holds no complete run (none has a summary.json): run the job first")
     found: dict[Setting, Measured] = {}
-    for run in find_runs(folders):
+    for run in runs:
         try:
             setting = Setting(*(str(run.summary[name]) for name in ("model", "data", "criterion", "probe")))
             here = found.setdefault(setting, Measured())
@@ -210,7 +216,7 @@ def workspace(entity: str, project: str, part: Part, estimators: Iterable[str]) 
         runset_settings=ws.RunsetSettings(
             filters=part.filters,
             groupby=[ws.Config(f"names.{group}") for group in part.groups],
-            group_colors={name: to_hex(colours[name]) for name in ordered(estimators)} if part.groups else {},
+            group_colors={name: colours[name] for name in ordered(estimators)} if part.groups else {},
             pinned_columns=["summary:rho/median", "summary:accuracy/top1"],
         ),
     )  # fmt: skip
