@@ -3,8 +3,9 @@
 import copy
 import os
 
+import pandas as pd
 import pytest
-from wandb_server import KEY, recorded, serving
+from wandb_server import KEY, python, recorded, serving
 
 from pattern_bench.errors import UserError
 from pattern_bench.tracking import download
@@ -54,6 +55,13 @@ def test_results_of_finished_runs_come_each_into_a_folder_of_their_own(fetch, tm
     assert {query["filters"] for name, query in asked if name == "Runs"} == {'{"state": "finished"}'}
     fetched = [query["path"] for name, query in asked if name == "GET"]
     assert [path.rpartition("/")[2] == "summary.json" for path in fetched] == [False, False, True] * 4
+
+
+def test_a_report_is_made_of_a_project(tmp_path):
+    with serving(PROJECT) as (environment, _):
+        done = python(["-m", "pattern_bench.report", "wandb://lab/patterns"], tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    assert pd.read_csv(tmp_path / "report" / "fig3.csv").estimator.tolist() == ["w", "a"]
 
 
 def no_project(answers):
