@@ -131,8 +131,19 @@ def track(
     if kind == "tensorboard":
         return LightningTracker(TensorBoardLogger(folder, name="", version="tensorboard"), config)
     if kind == "wandb" and os.environ.get("WANDB_MODE") != "disabled":
-        return WandbTracker(settings, folder, run_id, job, names, config)
+        try:
+            return WandbTracker(settings, folder, run_id, job, names, config)
+        except UserError:
+            raise
+        except Exception as error:
+            log.warning(
+                "W&B cannot be started (%s): nothing is tracked, the run's folder has all results", _line(error)
+            )
     return Tracker()
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).partition("\n")[0]
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
@@ -144,8 +155,7 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
             method(self, *given, **named)
         except Exception as error:
             if not self.failed:
-                why = (str(error) or type(error).__name__).partition("\n")[0]
-                log.warning("not everything can be tracked (%s): the run's folder has all results", why)
+                log.warning("not everything can be tracked (%s): the run's folder has all results", _line(error))
             self.failed = True
 
     return tried
@@ -232,9 +242,7 @@ class WandbTracker(Tracker):
         except wandb.errors.AuthenticationError as error:
             raise _refused(settings, error) from error
         except wandb.errors.CommError as error:
-            log.warning(
-                "W&B does not answer (%s): logging offline, into the run's folder", str(error).partition("\n")[0]
-            )
+            log.warning("W&B does not answer (%s): logging offline, into the run's folder", _line(error))
             self.run = begin("offline")
         except (wandb.Error, ValueError) as error:
             raise _refused(settings, error) from error
