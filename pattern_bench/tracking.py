@@ -143,7 +143,7 @@ class WandbTracker(Tracker):
     ) -> None:
         import wandb
 
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _reachable() else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if reachable() else "offline")
         # Under ``wandb agent``, the sweep knows the run by the agent's id.
         identifier = os.environ.get("WANDB_RUN_ID", run_id) if "WANDB_SWEEP_ID" in os.environ else run_id
         if mode == "offline":
@@ -211,7 +211,9 @@ class WandbTracker(Tracker):
     def _artifact(self, kind: str, name: str, files: Mapping[str, Path], about: Mapping[str, Any]) -> Any:
         import wandb
 
-        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", f"{kind}-{name}")[:128], type=kind, metadata=dict(about))
+        artifact = wandb.Artifact(
+            re.sub(r"[^A-Za-z0-9_.-]", "-", f"{kind}-{name}")[:128], type=kind, metadata=dict(about)
+        )
         with artifact.new_file(f"{kind}.json") as stream:
             json.dump(about, stream, indent=2, sort_keys=True)
         for file, path in files.items():
@@ -236,7 +238,7 @@ def _sweep_of(folder: Path) -> str | None:
     return folder.parent.name if (folder.parent / "multirun.yaml").is_file() else None
 
 
-def _reachable() -> bool:
+def reachable() -> bool:
     """Whether there is a key and its server answers; never asks, and waits ``CONNECT_SECONDS`` at most."""
     server = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     host = server.hostname or ""
@@ -257,3 +259,55 @@ def _in_netrc(host: str) -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def download(project: str, into: Path) -> list[Path]:
+    """Fetches what the finished runs of a W&B project left, through W&B's public API.
+
+    Args:
+        project: ``ENTITY/PROJECT``.
+        into: each run's files come into ``into/RUN_ID/results``; those of an earlier download are replaced.
+
+    Returns:
+        The folders ``into/RUN_ID``, in the order in which the runs were created. Runs that left no results are named in
+        the log.
+
+    Raises:
+        UserError: where the project is not one, there is no key, the server does not answer, it knows no such project
+            or no finished run with results, or it names a file that would lie elsewhere.
+    """
+    if not re.fullmatch(r"[^/\s]+/[^/\s]+", project):
+        raise UserError(f"{project} is no W&B project: give ENTITY/PROJECT")
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(host):
+        raise UserError(f"the W&B project {project} needs a key for {host}: run wandb login, or set WANDB_API_KEY")
+    if not reachable():
+        raise UserError(f"the W&B project {project} cannot be read, since {host} does not answer: try again later")
+    import wandb
+
+    found, without = [], []
+    try:
+        for run in wandb.Api().runs(project, filters={"state": "finished"}):
+            files = [file for file in run.files(pattern=f"{RESULTS}/%") if file.name.startswith(f"{RESULTS}/")]
+            for name in (run.id, *(file.name.removeprefix(f"{RESULTS}/") for file in files)):
+                if not re.fullmatch(r"\w[\w.-]*", name):
+                    raise UserError(f"the W&B project {project} has a file {name!r} that {into} cannot hold: remove it")
+            # The summary last: a folder that has one is complete.
+            for file in sorted(files, key=lambda file: file.name == f"{RESULTS}/summary.json"):
+                file.download(str(into / run.id), replace=True).close()
+            if files:
+                found.append(into / run.id)
+            else:
+                without.append(f"{run.name} ({run.id})")
+    except (wandb.errors.Error, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"the W&B project {project} cannot be read ({said}): is it the right one, and yours?"
+        ) from error
+    if without:
+        log.warning("%d runs of %s left no results: %s", len(without), project, ", ".join(without))
+    if not found:
+        raise UserError(f"the W&B project {project} holds no finished run with results: run the job first")
+    return found
