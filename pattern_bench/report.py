@@ -18,7 +18,7 @@ from pattern_bench.reporting import tables
 from pattern_bench.reporting.comparison import compare, comparison_sections, said
 from pattern_bench.reporting.gathering import Conflict, Gathered, gather
 from pattern_bench.reporting.page import write_page
-from pattern_bench.reporting.sections import report_sections
+from pattern_bench.reporting.sections import SWEPT, report_sections
 from pattern_bench.results import write_csv
 
 WANDB = "wandb://"
@@ -108,7 +108,9 @@ def conflict_lines(conflicts: Sequence[Conflict]) -> list[str]:
     lines = [f"{counted(cells, 'cell')} and {counted(curves, 'curve')} of earlier runs replaced by later ones:"]
     for (kept, replaced), several in sorted(pairs.items(), key=lambda pair: -len(pair[1]))[:MOST_LINES]:
         widest = max(several, key=lambda c: abs(c.kept_mean - c.replaced_mean) if c.kept_mean == c.kept_mean else 0.0)
-        settings = ", ".join(widest.settings()[:4]) or "no setting"
+        # What a sweep does not set is more likely to be unnoticed.
+        differing = sorted(widest.settings(), key=lambda name: name.split(".")[0] in SWEPT)
+        settings = ", ".join(differing[:4]) or "no setting"
         what = " ".join(value for key, value in widest.where.items() if key in ("layer", "estimator", "method"))
         lines.append(
             f"  {kept} instead of {replaced}: {len(several)}, such as {what}, mean {widest.kept_mean:.4f} instead of "
