@@ -144,7 +144,8 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
             shown.skip(name, title, why)
         record.tensors("patterns.safetensors", {}, {**names, "estimator": estimator.name, "reason": why})
     record.csv("rho.csv", rho)
-    rho_summary = results.summarise_rho(rho[rho.probe == criterion.probes(setup)[0]], bootstrap)
+    first = rho[rho.probe == criterion.probes(setup)[0]]
+    rho_summary = results.summarise_rho(first, bootstrap)
     record.metrics(
         {
             f"rho/{place}{figure}": layer[figure]
@@ -153,7 +154,7 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
             if layer[figure] is not None
         }
     )
-    for layer, rows in rho.groupby("layer", sort=False):
+    for layer, rows in first.groupby("layer", sort=False):
         record.distribution(f"rho/{layer}/distribution", rows.rho)
     record.table("rho", rho)
     if len(bootstrap):

@@ -21,7 +21,7 @@ from pattern_bench import ranks
 from pattern_bench.errors import UserError
 from pattern_bench.files import write_file, write_tensors
 from pattern_bench.results import versions, write_csv, write_json
-from pattern_bench.tracking import Tracker, track
+from pattern_bench.tracking import Tracker, check, track
 
 PARTIAL = "partial"
 CONFIG = "config.yaml"
@@ -93,9 +93,7 @@ class Record:
             return whole
         hidden = self.folder / f".{name}"
         write_json(hidden, whole)
-        files = {**self.files, name: hidden}
-        self.tracker.keep(files)
-        self.tracker.makes("results", title, files, {"run_id": self.run_id})
+        self.tracker.results(title, {**self.files, name: hidden}, {"run_id": self.run_id})
         self.tracker.finish(succeeded=True)
         os.replace(hidden, self.folder / name)
         shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
@@ -115,10 +113,11 @@ def begin(cfg: DictConfig, folder: Path, mark: str) -> tuple[dict[str, Any], str
         up has the id that it had.
 
     Raises:
-        UserError: where the folder cannot be written.
+        UserError: where the folder cannot be written, or the logger is none.
     """
     run_id = ""
     if ranks.first():
+        check(cfg.logger)
         try:
             (folder / mark).unlink(missing_ok=True)
             probe = folder / ".writable"

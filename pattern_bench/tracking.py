@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import logging
 import netrc
@@ -9,10 +11,13 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import ParseResult, urlparse
+from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 import pandas as pd
@@ -22,6 +27,9 @@ from pattern_bench.errors import UserError
 
 log = logging.getLogger(__name__)
 CONNECT_SECONDS = 2.0
+FINISH_SECONDS = 60.0
+"""For what is still to be uploaded when a run ends, unless ``WANDB_FINISH_TIMEOUT`` says otherwise."""
+INIT_SECONDS = 30.0
 AXES = {"degradation": "step", "descent": "epoch"}
 """Curves by the first part of their metrics' names, and what they are drawn over."""
 RESULTS = "results"
@@ -52,11 +60,8 @@ class Tracker:
         The same content is the same version of the artifact, whichever run makes or uses it.
         """
 
-    def makes(self, kind: str, name: str, files: Mapping[str, Path], about: Mapping[str, Any]) -> None:
-        """An artifact of type ``kind`` with files by name, made of all that the run uses."""
-
-    def keep(self, files: Mapping[str, Path]) -> None:
-        """Copies of the files of the run's folder, by name."""
+    def results(self, name: str, files: Mapping[str, Path], about: Mapping[str, Any]) -> None:
+        """The files of the run's folder, by name; and an artifact of them, made of all that the run uses."""
 
     def finish(self, *, succeeded: bool) -> None:
         """Writes everything out."""
@@ -68,13 +73,49 @@ class Tracker:
         self.finish(succeeded=kind is None)
 
 
+def check(settings: Mapping[str, Any]) -> None:
+    """Whether there can be such a tracker, before there is anything to lose.
+
+    Args:
+        settings: the ``logger`` group.
+
+    Raises:
+        UserError: where there cannot.
+    """
+    kind = settings["kind"]
+    if kind not in ("wandb", "csv", "tensorboard", "none"):
+        raise UserError(f"logger.kind={kind} is unknown: choose wandb, csv, tensorboard or none")
+    if kind == "tensorboard":
+        try:
+            importlib.import_module("tensorboard")
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "logger=tensorboard needs the tensorboard package: pip install 'pattern_bench[tensorboard]'"
+            ) from error
+    if kind == "wandb":
+        import wandb
+
+        try:
+            wandb.Settings(project=settings["project"], entity=settings["entity"], run_group=settings["group"])
+        except (wandb.Error, ValueError) as error:
+            raise _refused(settings, error) from error
+
+
+def _refused(settings: Mapping[str, Any], error: Exception) -> UserError:
+    why = " ".join(str(error).split()).removeprefix("Error initializing run: ")
+    given = ", ".join(f"logger.{name}={settings[name]}" for name in ("project", "entity", "group"))
+    return UserError(f"W&B refuses the run ({why}): check the key and {given}; or give logger=csv")
+
+
 def track(
     settings: Mapping[str, Any], folder: Path, run_id: str, job: str, names: Mapping[str, str], config: dict[str, Any]
 ) -> Tracker:
     """A tracker of one run, in the logger that the configuration chose.
 
+    What goes wrong with it later costs what is tracked, not the run, and is said once.
+
     Args:
-        settings: the ``logger`` group.
+        settings: the ``logger`` group, see :func:`check`.
         folder: the run's folder; everything that is kept locally goes below it.
         run_id: the same for a run that is taken up again.
         job: what kind of run it is.
@@ -82,45 +123,70 @@ def track(
         config: the resolved configuration, as plain data.
 
     Raises:
-        UserError: where there is no such logger.
+        UserError: where W&B refuses the run.
     """
     kind = settings["kind"]
-    if kind == "none" or (kind == "wandb" and os.environ.get("WANDB_MODE") == "disabled"):
-        return Tracker()
-    if kind == "wandb":
-        return WandbTracker(settings, folder, run_id, job, names, config)
     if kind == "csv":
         return LightningTracker(CSVLogger(folder, name="", version="csv"), config)
     if kind == "tensorboard":
+        return LightningTracker(TensorBoardLogger(folder, name="", version="tensorboard"), config)
+    if kind == "wandb" and os.environ.get("WANDB_MODE") != "disabled":
         try:
-            return LightningTracker(TensorBoardLogger(folder, name="", version="tensorboard"), config)
-        except ModuleNotFoundError as error:
-            raise UserError(
-                "logger=tensorboard needs the tensorboard package: pip install 'pattern_bench[tensorboard]'"
-            ) from error
-    raise UserError(f"logger.kind={kind} is unknown: choose wandb, csv, tensorboard or none")
+            return WandbTracker(settings, folder, run_id, job, names, config)
+        except UserError:
+            raise
+        except Exception as error:
+            log.warning(
+                "W&B cannot be started (%s): nothing is tracked, the run's folder has all results", _line(error)
+            )
+    return Tracker()
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).partition("\n")[0]
+
+
+def _harmless(method: Callable[..., None]) -> Callable[..., None]:
+    """A tracker's method that warns once where it fails: what the run has computed is not to be lost over it."""
+
+    @functools.wraps(method)
+    def tried(self: Any, *given: Any, **named: Any) -> None:
+        try:
+            method(self, *given, **named)
+        except Exception as error:
+            if not self.failed:
+                log.warning("not everything can be tracked (%s): the run's folder has all results", _line(error))
+            self.failed = True
+
+    return tried
 
 
 class LightningTracker(Tracker):
     """Numbers, and pictures where there is TensorBoard, in one of Lightning's loggers."""
 
+    failed = False
+
     def __init__(self, logger: Logger, config: dict[str, Any]) -> None:
         self.logger = logger
         logger.log_hyperparams(config)
 
+    @_harmless
     def metrics(self, values: Mapping[str, float]) -> None:
         if values:
             self.logger.log_metrics(dict(values))
 
+    @_harmless
     def curve(self, name: str, at: int, values: Mapping[str, float]) -> None:
         self.logger.log_metrics({f"{name}/{key}": value for key, value in values.items()}, step=at)
 
+    @_harmless
     def image(self, name: str, file: Path, caption: str) -> None:
         if isinstance(self.logger, TensorBoardLogger):
             from torchvision.io import ImageReadMode, read_image
 
             self.logger.experiment.add_image(name, read_image(str(file), ImageReadMode.RGB))
 
+    @_harmless
     def finish(self, *, succeeded: bool) -> None:
         self.logger.finalize("success" if succeeded else "failed")
 
@@ -129,8 +195,10 @@ class WandbTracker(Tracker):
     """A W&B run: online where there is a key and its server answers, else offline, in the run's folder.
 
     Everything of the run is logged again where it is taken up, under the same id: online, W&B goes on with the run;
-    offline, what the interrupted attempt left is replaced.
+    what an attempt offline left is replaced.
     """
+
+    failed = False
 
     def __init__(
         self,
@@ -143,46 +211,73 @@ class WandbTracker(Tracker):
     ) -> None:
         import wandb
 
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if reachable() else "offline")
         # Under ``wandb agent``, the sweep knows the run by the agent's id.
         identifier = os.environ.get("WANDB_RUN_ID", run_id) if "WANDB_SWEEP_ID" in os.environ else run_id
-        if mode == "offline":
-            for earlier in (folder / "wandb").glob(f"offline-run-*-{identifier}"):
-                shutil.rmtree(earlier, ignore_errors=True)
-        self.offline = mode == "offline"
-        self.run = wandb.init(
-            id=identifier,
-            resume=None if self.offline else "allow",
-            name=names["title"][:128],
-            group=settings["group"] or _sweep_of(folder),
-            job_type=job,
-            tags=sorted({value[:64] for name, value in names.items() if name not in ("title", "layer") and value}),
-            config={**config, "names": dict(names)},
-            dir=folder,
-            project=settings["project"],
-            entity=settings["entity"],
-            mode=mode,
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )
+        for earlier in (folder / "wandb").glob(f"offline-run-*-{identifier}"):
+            shutil.rmtree(earlier, ignore_errors=True)
+
+        def begin(mode: Any) -> Any:
+            return wandb.init(
+                id=identifier,
+                resume=None if mode == "offline" else "allow",
+                name=names["title"][:128],
+                group=settings["group"] or _sweep_of(folder),
+                job_type=job,
+                tags=sorted({value[:64] for name, value in names.items() if name not in ("title", "layer") and value}),
+                config={**config, "names": dict(names)},
+                dir=folder,
+                project=settings["project"],
+                entity=settings["entity"],
+                mode=mode,
+                settings=wandb.Settings(
+                    silent=True, console="off", x_disable_stats=True, init_timeout=INIT_SECONDS,
+                    finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)),
+                    finish_timeout_raises=True,
+                ),
+            )  # fmt: skip
+
+        try:
+            self.run = begin(os.environ.get("WANDB_MODE") or ("online" if reachable() else "offline"))
+        except UserError:
+            raise
+        except wandb.errors.AuthenticationError as error:
+            raise _refused(settings, error) from error
+        except wandb.errors.CommError as error:
+            log.warning("W&B does not answer (%s): logging offline, into the run's folder", _line(error))
+            self.run = begin("offline")
+        except (wandb.Error, ValueError) as error:
+            raise _refused(settings, error) from error
+        self.run._log_artifact = self._log_artifact  # tables are artifacts too
+        self.place = Path(self.run.sync_dir)
+        # Else W&B keeps what artifacts are made of in the user's home until it is uploaded.
+        self.data_dir = os.environ.get("WANDB_DATA_DIR")
+        os.environ["WANDB_DATA_DIR"] = self.data_dir or str(self.place)
         for curve, axis in AXES.items():
             self.run.define_metric(f"{curve}/{axis}", hidden=True)
             self.run.define_metric(f"{curve}/*", step_metric=f"{curve}/{axis}")
         self.finished = False
+        if not self.run.offline:
+            log.info("W&B: %s", self.run.url)
 
+    @_harmless
     def metrics(self, values: Mapping[str, float]) -> None:
         if values:
             self.run.log(dict(values))
 
+    @_harmless
     def curve(self, name: str, at: int, values: Mapping[str, float]) -> None:
         self.run.log({f"{name}/{AXES[name]}": at} | {f"{name}/{key}": value for key, value in values.items()})
 
+    @_harmless
     def table(self, name: str, table: pd.DataFrame) -> None:
         import wandb
 
-        logged = wandb.Table(dataframe=table)
-        logged.MAX_ROWS = max(1, len(table))  # else W&B cuts it off after 10,000
-        self.run.log({name: logged})
+        # Else W&B cuts it off after 10,000 rows; it looks at the class alone.
+        wandb.Table.MAX_ROWS = max(wandb.Table.MAX_ROWS, len(table))
+        wandb.Table.MAX_ARTIFACT_ROWS = max(wandb.Table.MAX_ARTIFACT_ROWS, len(table))
+        self.run.log({name: wandb.Table(dataframe=table)})
 
+    @_harmless
     def distribution(self, name: str, values: Iterable[float]) -> None:
         import wandb
 
@@ -192,45 +287,76 @@ class WandbTracker(Tracker):
                 {name: wandb.Histogram(np_histogram=np.histogram(found, bins=min(64, max(8, len(found) // 8))))}
             )
 
+    @_harmless
     def image(self, name: str, file: Path, caption: str) -> None:
         import wandb
 
         self.run.log({name: wandb.Image(str(file), caption=caption)})
 
+    @_harmless
     def uses(self, kind: str, name: str, about: Mapping[str, Any], file: Path | None = None) -> None:
         artifact = self._artifact(kind, name, {} if file is None else {file.name: file}, about)
-        if self.offline:
-            # ``use_artifact`` refuses to work offline, though the record that it leaves is what ``wandb sync`` reads.
-            self.run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
-        else:
-            self.run.use_artifact(artifact)
+        self._log_artifact(artifact, is_user_created=True, use_after_commit=True)
 
-    def makes(self, kind: str, name: str, files: Mapping[str, Path], about: Mapping[str, Any]) -> None:
-        self.run.log_artifact(self._artifact(kind, name, files, about))
+    @_harmless
+    def results(self, name: str, files: Mapping[str, Path], about: Mapping[str, Any]) -> None:
+        for file, path in files.items():
+            _link(path, Path(self.run.dir) / RESULTS / file)
+        self.run.save(str(Path(self.run.dir) / RESULTS / "*"), base_path=self.run.dir, policy="end")
+        self._log_artifact(self._artifact("results", name, files, about))
 
-    def _artifact(self, kind: str, name: str, files: Mapping[str, Path], about: Mapping[str, Any]) -> Any:
+    def _log_artifact(self, artifact: Any, *_: Any, **how: Any) -> Any:
+        """Leaves a record of the artifact, which is sent when it can be, by ``wandb sync`` if need be.
+
+        W&B leaves one offline. Online it sends a request instead, after it has asked the server two questions: where
+        the server is gone, it waits for all of them and then has nothing that it could send later. And to say that an
+        artifact is used, it refuses offline, and online waits for its upload.
+        """
+        artifact.finalize()
+        how = {name: bool(how.get(name)) for name in ("is_user_created", "use_after_commit")}
+        self.run._interface.publish_artifact(self.run, artifact, ["latest"], **how)
+        return artifact
+
+    def _artifact(self, kind: str, of: str, files: Mapping[str, Path], about: Mapping[str, Any]) -> Any:
         import wandb
 
         artifact = wandb.Artifact(
-            re.sub(r"[^A-Za-z0-9_.-]", "-", f"{kind}-{name}")[:128], type=kind, metadata=dict(about)
+            re.sub(r"[^A-Za-z0-9_.-]", "-", f"{kind}-{of}")[:128], type=kind, metadata=dict(about)
         )
-        with artifact.new_file(f"{kind}.json") as stream:
-            json.dump(about, stream, indent=2, sort_keys=True)
-        for file, path in files.items():
-            artifact.add_file(str(path), name=file)
-        return artifact
-
-    def keep(self, files: Mapping[str, Path]) -> None:
-        place = Path(self.run.dir) / RESULTS
-        place.mkdir(exist_ok=True)
+        place = self.place / "artifacts" / artifact.name
+        place.mkdir(parents=True)
+        (place / f"{kind}.json").write_text(json.dumps(about, indent=2, sort_keys=True))
         for name, path in files.items():
-            shutil.copyfile(path, place / name)
-            self.run.save(str(place / name), base_path=self.run.dir, policy="end")
+            _link(path, place / name)
+        for file in place.iterdir():  # which stay as they are: W&B needs no copies
+            artifact.add_file(str(file), policy="immutable", skip_cache=True)
+        return artifact
 
     def finish(self, *, succeeded: bool) -> None:
         if not self.finished:
             self.finished = True
+            self._finish(succeeded)
+
+    @_harmless
+    def _finish(self, succeeded: bool) -> None:
+        try:
             self.run.finish(exit_code=0 if succeeded else 1)
+        except TimeoutError:
+            log.warning(
+                "W&B did not take everything in time: wandb sync --include-online %s sends the rest", self.place
+            )
+        finally:
+            if self.data_dir is None:
+                os.environ.pop("WANDB_DATA_DIR", None)
+
+
+def _link(file: Path, to: Path) -> None:
+    """The same file in another place; files are replaced, never changed. A copy, where the disk has no links."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copyfile(file, to)
 
 
 def _sweep_of(folder: Path) -> str | None:
@@ -238,25 +364,54 @@ def _sweep_of(folder: Path) -> str | None:
     return folder.parent.name if (folder.parent / "multirun.yaml").is_file() else None
 
 
-def reachable() -> bool:
-    """Whether there is a key and its server answers; never asks, and waits ``CONNECT_SECONDS`` at most."""
-    server = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    host = server.hostname or ""
-    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(host):
-        return False
+def _server() -> ParseResult:
+    """The address of W&B's server: the environment's, or that which ``wandb login --host`` left."""
+    import wandb
+
     try:
-        port = server.port or (443 if server.scheme == "https" else 80)
-        socket.create_connection((host, port), CONNECT_SECONDS).close()
-    except OSError:
-        log.warning("W&B at %s does not answer: logging offline, into the run's folder", host)
+        return urlparse(wandb.setup(wandb.Settings(silent=True)).settings.base_url)
+    except ValueError as error:
+        raise UserError(f"W&B's settings are not possible ({' '.join(str(error).split())}): mend them") from error
+
+
+def _has_key(server: ParseResult) -> bool:
+    return (
+        any(os.environ.get(f"WANDB_{name}") for name in ("API_KEY", "IDENTITY_TOKEN_FILE"))
+        # W&B looks for the port too, and asks for a key where it finds none.
+        or _in_netrc(server.netloc)
+    )
+
+
+def reachable() -> bool:
+    """Whether there is a key for W&B's server, and it or the proxy before it answers; never asks, and waits
+    ``CONNECT_SECONDS`` at most."""
+    server = _server()
+    host = server.hostname or ""
+    if not _has_key(server):
         return False
-    return True
+    proxy = None if proxy_bypass(host) else getproxies().get(server.scheme)
+    way = urlparse(proxy) if proxy else server
+    address = (way.hostname or "", way.port or (443 if way.scheme == "https" else 80))
+    answered = threading.Event()
+
+    def connect() -> None:
+        with suppress(OSError):
+            socket.create_connection(address, CONNECT_SECONDS).close()
+            answered.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)  # where there is no network, finding the address may take longer
+    if not answered.is_set():
+        log.warning("W&B at %s does not answer: logging offline, into the run's folder", host)
+    return answered.is_set()
 
 
 def _in_netrc(host: str) -> bool:
     """Whether ``wandb login`` left a key for the host."""
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+        return netrc.netrc(file).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -278,8 +433,9 @@ def download(project: str, into: Path) -> list[Path]:
     """
     if not re.fullmatch(r"[^/\s]+/[^/\s]+", project):
         raise UserError(f"{project} is no W&B project: give ENTITY/PROJECT")
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(host):
+    server = _server()
+    host = server.hostname or ""
+    if not _has_key(server):
         raise UserError(f"the W&B project {project} needs a key for {host}: run wandb login, or set WANDB_API_KEY")
     if not reachable():
         raise UserError(f"the W&B project {project} cannot be read, since {host} does not answer: try again later")
