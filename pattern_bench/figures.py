@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -17,12 +17,14 @@ from matplotlib import pyplot as plt
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from pattern_bench.files import write_file
 from pattern_bench.names import plain
 from pattern_bench.results import ordered, standard_errors
 from pattern_bench.styles import curve_label, curve_styles, estimator_colours, legible, method_place
+from pattern_bench.writing import write_file
+
+if TYPE_CHECKING:  # the report draws none
+    from torch import Tensor
 
 DPI = 200
 PRINT_DPI = 300

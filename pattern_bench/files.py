@@ -1,14 +1,11 @@
-"""Files that are whole or not there: each is written under another name and moved into place. Files of tensors carry a
-checksum, so that damage done to them later is noticed."""
+"""Files of tensors. They carry a checksum, so that damage done to them later is noticed."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
@@ -16,29 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pattern_bench.writing import write_file
+
 log = logging.getLogger(__name__)
 CHECKSUM = "checksum"
-
-
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets ``write`` make a file beside ``path`` and moves it into place, so that it is never half written.
-
-    Raises:
-        OSError: naming ``path``, where it cannot be written.
-    """
-    # One name for all who write this file, so that what a killed process leaves is written over by the next.
-    name = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        name.unlink(missing_ok=True)
-        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        write(name)
-        os.replace(name, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            name.unlink()
-        if isinstance(error, OSError | safetensors.SafetensorError):
-            raise OSError(getattr(error, "errno", None), getattr(error, "strerror", str(error)), str(path)) from error
-        raise
 
 
 class Damaged(ValueError):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pattern_bench.files import write_file
+from pattern_bench.writing import write_file
 
 if TYPE_CHECKING:  # the report starts a second earlier without them
     from torch import Tensor

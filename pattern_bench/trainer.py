@@ -21,8 +21,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from pattern_bench.errors import UserError
-from pattern_bench.files import write_file
 from pattern_bench.launch import number_from_outside
+from pattern_bench.writing import write_file
 
 log = logging.getLogger(__name__)
 

@@ -313,6 +313,13 @@ def swap(draw, content, other):
 # --- much ---
 
 
+def test_the_command_starts_without_torch():
+    """Which takes longer to import than most reports to write."""
+    code = "import sys, pattern_bench.report; print(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "torchvision", "pytorch_lightning", "wandb"} & set(done.stdout.split())
+
+
 @pytest.mark.slow
 def test_a_million_neurons_stay_below_two_gibibytes(tmp_path, capsys):
     """And takes as long as it says, with -s."""

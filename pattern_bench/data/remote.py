@@ -28,7 +28,7 @@ from filelock import FileLock
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
 from pattern_bench.errors import UserError
-from pattern_bench.files import write_file
+from pattern_bench.writing import write_file
 
 T = TypeVar("T")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from pattern_bench.files import write_file
 from pattern_bench.names import plain
 from pattern_bench.reporting.blocks import Field, Figure, Reproduction, Section, Table, number, numeral, words
 from pattern_bench.reporting.changes import (
@@ -25,6 +24,7 @@ from pattern_bench.reporting.plots import Value, dots
 from pattern_bench.reporting.sections import missing_tables
 from pattern_bench.results import ordered, write_csv
 from pattern_bench.styles import Style, estimator_colours
+from pattern_bench.writing import write_file
 
 COLUMNS = ["quantity", "of", "A", "B", "B − A", "95 % interval", "verdict"]
 HOW = (

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pattern_bench.files import write_file
 from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, Cell, Conflict, Gathered
 from pattern_bench.reporting.runs import Run
 from pattern_bench.results import ordered, standard_errors, write_csv
+from pattern_bench.writing import write_file
 
 AREA = "area over the curve"
 COMPLETE, MISSING, UNDEFINED = "complete", "missing", "undefined"

@@ -1,0 +1,31 @@
+"""Files that are whole or not there: each is written under another name and moved into place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets ``write`` make a file beside ``path`` and moves it into place, so that it is never half written.
+
+    Raises:
+        OSError: naming ``path``, where it cannot be written.
+    """
+    # One name for all who write this file, so that what a killed process leaves is written over by the next.
+    name = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        name.unlink(missing_ok=True)
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        write(name)
+        os.replace(name, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            name.unlink()
+        if isinstance(error, OSError | safetensors.SafetensorError):
+            raise OSError(getattr(error, "errno", None), getattr(error, "strerror", str(error)), str(path)) from error
+        raise
