@@ -46,12 +46,15 @@ def run(cfg: DictConfig, folder: Path) -> None:
 def _names(setup: Setup) -> dict[str, str]:
     """What a run is found by in the tracker."""
     layer = "all" if setup.layers == setup.all_layers else ",".join(setup.layers)
+    method, uses_estimator = explanations.chosen_method(setup)
+    # A job may be there for its method alone.
+    who = setup.estimator.name if uses_estimator or setup.estimator.has_pattern else kind_of(method).name
     return {
-        "title": f"{setup.model_name}/{layer}/{setup.estimator.name}",
+        "title": f"{setup.model_name}/{layer}/{who}",
         **setup.names,
         "layer": layer,
         "estimator": setup.estimator.name,
-        "method": kind_of(explanations.chosen_method(setup)[0]).name,
+        "method": kind_of(method).name,
         "criterion": str(setup.cfg.criterion),
         "probe": str(setup.cfg.probe.name),
     }
