@@ -149,7 +149,7 @@ def curves(
     step = max(1, round(last / 10))
     ticks = [(_short(LEFT + (CURVE_WIDTH - LEFT - RIGHT) * n / last), str(n)) for n in range(0, int(last) + 1, step)]
     bottom = TOP + HEIGHT
-    return Plot(key, title, CURVE_WIDTH, bottom + 48, bottom, x_label, y_label, ticks, _ticks(low, high), False,
+    return Plot(key, title, CURVE_WIDTH, bottom + 60, bottom, x_label, y_label, ticks, _ticks(low, high), False,
                 False, None, drawn)  # fmt: skip
 
 
