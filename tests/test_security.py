@@ -251,7 +251,8 @@ def test_nothing_in_the_package_unpickles_or_runs_text():
         "import pickle", "from joblib import load", "import os, dill", "torch.load(f)",
         "torch.load(f, weights_only=False)",
         "torch.load(f, weights_only=some)", "torch.hub.load_state_dict_from_url(u)", "pd.read_pickle(f)",
-        "np.load(f, allow_pickle=True)", "yaml.load(f)", "yaml.load(f, Loader=yaml.Loader)", "eval(x)", "from torch import load",
+        "np.load(f, allow_pickle=True)", "yaml.load(f)", "yaml.load(f, Loader=yaml.Loader)", "eval(x)",
+        "from torch import load",
         "Net.load_from_checkpoint(f)", "__import__(x)",
     ],
 )  # fmt: skip
