@@ -68,6 +68,24 @@ def arguments(given: list[str]) -> list[str]:
     return kept
 
 
+def check_sweep(given: list[str], module: str) -> None:
+    """
+    Raises:
+        UserError: where a sweep of ``conf/sweep`` is started without ``-m``, or by a command that is not its own.
+    """
+    for name in (argument.removeprefix("+sweep=") for argument in given if argument.startswith("+sweep=")):
+        if "," in name:
+            raise UserError(f"+sweep={name} is not possible: give one sweep at a time")
+        file = CONF / "sweep" / f"{name}.yaml"
+        own = OmegaConf.select(OmegaConf.load(file), "hydra.job.name") if file.is_file() else None
+        if own is None:  # a sweep from elsewhere, or none, which Hydra says
+            continue
+        right = "pattern_bench" if own == "pattern_bench" else f"pattern_bench.{own}"
+        # Other flags than -m, such as --cfg, start nothing.
+        if module != right or not any(argument.startswith("-") for argument in given):
+            raise UserError(f"+sweep={name} is a sweep of jobs: start it with python -m {right} -m +sweep={name}")
+
+
 def _overrides_of(folder: str, given: list[str]) -> list[str]:
     """The overrides of an earlier run, but for those that are given anew."""
     file = Path(folder) / ".hydra" / "overrides.yaml"
@@ -84,8 +102,9 @@ def _key(override: str) -> str:
     return override.lstrip("+~").split("=")[0]
 
 
-def command_line(command: Callable[[], None]) -> None:
-    """Runs a Hydra command. A mistake of the user's gets a message and exit code 1, anything else a traceback."""
+def command_line(command: Callable[[], None], module: str = "pattern_bench") -> None:
+    """Runs a Hydra command, which ``python -m MODULE`` started. A mistake of the user's gets a message and exit code 1,
+    anything else a traceback."""
     # On a full disk, a line that has no room in the log file is not to be a traceback.
     logging.raiseExceptions = False
     # Hydra's own handler would show a traceback for every exception that is not its own.
@@ -93,6 +112,7 @@ def command_line(command: Callable[[], None]) -> None:
     # hydra/launcher=ray would report to Ray's makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
+        check_sweep(sys.argv[1:], module)
         sys.argv[1:] = arguments(sys.argv[1:])
         command()
     except (UserError, HydraException, OmegaConfBaseException) as error:

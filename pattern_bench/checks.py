@@ -170,8 +170,7 @@ def _checks(
         **shown.figures(),
         "versions": results.versions(),
     }
-    record.end(SUMMARY, summary, "-".join([*setup.names.values(), setup.estimator.name, "sanity"]))
-    return summary
+    return record.end(SUMMARY, summary, "-".join([*setup.names.values(), setup.estimator.name, "sanity"]))
 
 
 def _ends(table: pd.DataFrame) -> dict[str, dict[str, float | None]]:

@@ -22,7 +22,7 @@ from pattern_bench.streams import fast_layout
 
 SLOW = ("occlusion", "prediction_difference")
 """Methods with hundreds of forward passes per image: shown when asked for."""
-JOB_ONLY = ("criterion", "probe", "bootstrap", "explanation", "degradation", "layer", "method")
+JOB_ONLY = ("criterion", "probe", "bootstrap", "explanation", "degradation", "layer", "method", "curve")
 """Settings of the job that neither command has a use for."""
 
 

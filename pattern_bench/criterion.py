@@ -17,8 +17,9 @@ from pattern_bench import ranks
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.memory import fits
 from pattern_bench.core.moments import Moments
+from pattern_bench.core.network import collecting
 from pattern_bench.core.quality import Probe, Target, rho
-from pattern_bench.core.reading import Reader
+from pattern_bench.core.reading import Correlation, Reader
 from pattern_bench.data.splits import GlobalBatches
 from pattern_bench.errors import UserError
 from pattern_bench.files import checksum
@@ -28,13 +29,14 @@ from pattern_bench.passes import Met, met, stream_over
 from pattern_bench.preparation import Setup, checkpoint
 from pattern_bench.progress import Bar
 from pattern_bench.results import BOOTSTRAP_COLUMNS, RHO_COLUMNS, rho_rows
-from pattern_bench.streams import ReadingStream, Seen
+from pattern_bench.streams import ReadingStream, Seen, fast_layout
 
 log = logging.getLogger(__name__)
 ROUND = 100
 """Batches, at most, after which descent looks at its loss and keeps its state."""
 AGREEMENT = 0.02
 """A difference in ρ that no figure shows."""
+Tell = Callable[[int, dict[str, float]], None]
 
 
 def probes(setup: Setup) -> list[str]:
@@ -118,12 +120,13 @@ def _layer_rho_on(
 
 
 def descent(
-    setup: Setup, patterns: Mapping[str, Pattern], fit_bar: Bar, tell: Callable[[int, float], None]
+    setup: Setup, patterns: Mapping[str, Pattern], fit_bar: Bar, tell: Tell
 ) -> tuple[dict[str, Reader], dict[str, Any], Met]:
     """Readers of the selected layers, fitted on the probe split; what the descent took; what it met.
 
     The readers of the round with the lowest loss are kept in the run's ``checkpoints``, and are those returned. Every
-    round's number and loss are told as soon as they are known; those of an interrupted run again, at once.
+    round's number is told as soon as it is over, with its ``loss``, and the ``rho`` of some validation images;
+    those of an interrupted run again, at once.
     """
     cfg, split = setup.cfg.probe, setup.splits["probe"]
     layers: dict[str, Any] = {layer: setup.model.get_submodule(layer) for layer in patterns}
@@ -144,8 +147,8 @@ def descent(
         state = kept[0]
         module.load_state_dict({name: tensor for name, tensor in state.items() if name.startswith("readers.")})
         took = {"steps": int(state["steps"]), "loss": float(state["loss"]), "stopped_early": bool(state["early"])}
-        for epoch, loss in enumerate(state["losses"].tolist()):
-            tell(epoch, loss)
+        for epoch, values in enumerate(state["rounds"].tolist()):
+            tell(epoch, dict(zip(("loss", "rho"), values, strict=True)))
         return readers, took, met(split, Seen.from_tensors(state))
     _calibrate(setup, module)
     fit_bar.start(cfg.steps, unit="steps")
@@ -153,7 +156,9 @@ def descent(
     patience = EarlyStopping("loss", patience=cfg.patience, min_delta=1e-5, check_on_train_epoch_end=True)
     # Last, so that it holds what the others have come to.
     every_round, last = checkpoint(setup.folder, f"readers-{partial.key}")
-    trainer = setup.trainer(fit_bar, _Telling(module, tell), best, patience, every_round, max_epochs=-1)
+    trainer = setup.trainer(
+        fit_bar, _Telling(module, tell, _held_out(setup, module, patterns)), best, patience, every_round, max_epochs=-1
+    )
     loader = split.shuffled(batches, setup.source.workers)
     if not fits(lambda: trainer.fit(module, loader, ckpt_path=last, weights_only=True)):
         raise module.too_small("the readers of all layers and what Adam keeps of them")
@@ -164,24 +169,54 @@ def descent(
     took = {"steps": trainer.global_step, "loss": loss, "stopped_early": patience.stopped_epoch > 0}
     ends = {"steps": trainer.global_step, "loss": loss, "early": took["stopped_early"]}
     end = {name: torch.tensor(value, dtype=torch.float64) for name, value in ends.items()}
-    losses = {"losses": torch.tensor(module.losses, dtype=torch.float64)}
-    partial.save(state | end | losses | module.seen.tensors(), len(split))
+    rounds = torch.tensor([[values["loss"], values["rho"]] for values in module.rounds], dtype=torch.float64)
+    partial.save(state | end | {"rounds": rounds} | module.seen.tensors(), len(split))
     return readers, took, met(split, module.seen)
 
 
 class _Telling(pl.Callback):
-    """Tells of the loss of every round."""
+    """Tells of every round."""
 
-    def __init__(self, module: ReaderDescent, tell: Callable[[int, float], None]) -> None:
-        self.module, self.tell = module, tell
+    def __init__(self, module: ReaderDescent, tell: Tell, measure: Callable[[], float]) -> None:
+        self.module, self.tell, self.measure = module, tell, measure
 
     def on_train_start(self, *_: Any) -> None:
-        for epoch, loss in enumerate(self.module.losses):
-            self.tell(epoch, loss)
+        for epoch, values in enumerate(self.module.rounds):
+            self.tell(epoch, values)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.module.losses.append(float(trainer.callback_metrics["loss"]))
-        self.tell(len(self.module.losses) - 1, self.module.losses[-1])
+        self.module.rounds.append({"loss": float(trainer.callback_metrics["loss"]), "rho": self.measure()})
+        self.tell(len(self.module.rounds) - 1, self.module.rounds[-1])
+
+
+def _held_out(setup: Setup, module: ReaderDescent, patterns: Mapping[str, Pattern]) -> Callable[[], float]:
+    """What measures the mean ρ of the live neurons, as the readers are now, on the first validation images: a batch at
+    most, and few beside those of a round, since it is measured after every round.
+
+    The loss has the regularisation in it, and is of the images that the readers are fitted on. This can be compared
+    between runs with another one. It is NaN in all processes but the first, and where no image can be read.
+    """
+    split = setup.splits["validation"]
+    few = max(32, len(setup.splits["probe"]) // 10)
+    images = split.batch(range(min(few, setup.source.batch_size, len(split)))).images if ranks.first() else None
+    readers: dict[str, Any] = dict(zip(module.names, module.readers, strict=True))
+
+    def measure() -> float:
+        if images is None:
+            return float("nan")
+        total = {name: Correlation(reader) for name, reader in readers.items()}
+
+        def take(part: slice) -> None:
+            watched = {name: Correlation(reader) for name, reader in readers.items()}
+            with torch.no_grad(), collecting(setup.model, watched):
+                setup.model(fast_layout(images[part].to(setup.device)))
+            for name, correlation in watched.items():
+                total[name].sums += correlation.sums
+
+        module.in_parts(len(images), take)
+        return float(torch.cat([total[name].rho().cpu()[~patterns[name].dead.cpu()] for name in total]).nanmean())
+
+    return measure
 
 
 def _calibrate(setup: Setup, module: ReaderDescent) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -19,21 +20,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pattern_bench.files import write_file
-from pattern_bench.names import METHODS, plain
-from pattern_bench.results import ESTIMATORS, ordered, standard_errors
+from pattern_bench.names import plain
+from pattern_bench.results import ordered, standard_errors
+from pattern_bench.styles import curve_label, curve_styles, estimator_colours, legible, method_place
 
 DPI = 200
 PRINT_DPI = 300
+PANELS_ACROSS = 4
 HEAT = "seismic"
 LABELS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
-
-
-def _palette(names: list[str]) -> dict[str, tuple[float, float, float]]:
-    """Colour-blind safe, the same colour for the same name in every figure."""
-    known = [*ESTIMATORS, "none"]
-    colours = sns.color_palette("colorblind", 10)
-    order = known + sorted(set(names) - set(known))
-    return {name: (0.45, 0.45, 0.45) if name == "none" else colours[i % 10] for i, name in enumerate(order)}
 
 
 def _save(figure: Figure, path: Path, dpi: int = DPI) -> None:
@@ -41,60 +36,75 @@ def _save(figure: Figure, path: Path, dpi: int = DPI) -> None:
     plt.close(figure)
 
 
-def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame) -> bool:
+def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Sequence[tuple[str, ...]] = ()) -> bool:
     """Fig. 3: rho per layer and estimator; points are medians over neurons, bars reach from quartile to quartile, and
-    black caps one standard error of the median up and down where images were drawn again.
+    black caps one standard error of the median up and down where images were drawn again. The word stands in the place
+    of what is ``missing``, by model, data, criterion, probe, layer and estimator.
 
     One panel per model, data set, criterion and probe. Draws nothing, and says so with False, where there is no rho.
     """
     live = rho.dropna(subset=["rho"])
     if live.empty:
         return False
-    panels = list(live.groupby(["model", "data", "criterion", "probe"], sort=False))
-    widths = [max(4.0, min(0.75, 6 / table.layer.nunique() + 0.2) * table.layer.nunique()) for _, table in panels]
+    cells = live.groupby(["model", "data", "criterion", "probe", "layer", "estimator"], sort=False)
+    table = cells.rho.quantile(np.array([0.25, 0.5, 0.75])).unstack().join(cells.layer_index.min()).reset_index()
+    panels = list(table.groupby(["model", "data", "criterion", "probe"], sort=False))
+    estimators = ordered([*table.estimator, *(cell[5] for cell in missing)])
+    colours = {name: legible(colour) for name, colour in estimator_colours(estimators).items()}
+    across = min(len(panels), PANELS_ACROSS)
+    down = -(-len(panels) // across)
+    layers = max(panel.layer.nunique() for _, panel in panels)
+    widths = [max(4.0, min(0.75, 6 / layers + 0.2) * layers)] * across
+    if down == 1:
+        counts = [panel.layer.nunique() for _, panel in panels]
+        widths = [max(4.0, min(0.75, 6 / count + 0.2) * count) for count in counts]
     with sns.axes_style("whitegrid"):
         figure, axes = plt.subplots(
-            1, len(panels), squeeze=False, sharey=True, figsize=(sum(widths) + 1, 4.2),
+            down, across, squeeze=False, sharey=True, figsize=(sum(widths) + 1, 4.2 * down),
             gridspec_kw={"width_ratios": widths}, layout="constrained",
         )  # fmt: skip
-    estimators = ordered(list(live.estimator.unique()))
     dodge = 0.15
-    for axis, ((model, data, criterion, probe), table) in zip(axes[0], panels, strict=True):
-        order = table.sort_values("layer_index").layer.unique().tolist()
-        sns.pointplot(
-            table, x="layer", y="rho", hue="estimator", order=order, hue_order=estimators,
-            palette=_palette(estimators), estimator="median", errorbar=("pi", 50),
-            dodge=dodge * (len(estimators) - 1) or False, linestyle="none", markersize=5, err_kws={"linewidth": 1.6},
-            ax=axis, legend=axis is axes[0][-1],
-        )  # fmt: skip
+    for axis, ((model, data, criterion, probe), panel) in zip(axes.flat, panels, strict=False):
+        order = panel.sort_values("layer_index").layer.unique().tolist()
+        lacking = [cell[4:] for cell in missing if cell[:4] == (model, data, criterion, probe) and cell[4] in order]
+        errors: Any = {}
         if len(bootstrap):
-            chosen = bootstrap.query(
-                "model == @model and data == @data and criterion == @criterion and probe == @probe"
-            )
-            errors = standard_errors(chosen, ["layer", "estimator"])["median"]
-            medians = table.groupby(["layer", "estimator"]).rho.median()
-            for layer, estimator in errors.index.intersection(medians.index):
-                place = order.index(layer) + dodge * (estimators.index(estimator) - (len(estimators) - 1) / 2)
-                axis.errorbar(place, medians[layer, estimator], yerr=errors[layer, estimator], color="black",
-                              linewidth=0.8, capsize=2.5, zorder=5)  # fmt: skip
+            names = "model == @model and data == @data and criterion == @criterion and probe == @probe"
+            errors = standard_errors(bootstrap.query(names), ["layer", "estimator"])["median"]
+        for number, name in enumerate(estimators):
+            own = panel[panel.estimator == name]
+            shift = dodge * (number - (len(estimators) - 1) / 2)
+            places = [order.index(layer) + shift for layer in own.layer]
+            axis.errorbar(
+                places, own[0.5], yerr=[own[0.5] - own[0.25], own[0.75] - own[0.5]], color=colours[name], fmt="o",
+                markersize=5, elinewidth=1.6, label=LABELS.get(name, name),
+            )  # fmt: skip
+            caps = [float(errors.get((layer, name), np.nan)) for layer in own.layer]
+            if np.isfinite(caps).any():
+                axis.errorbar(places, own[0.5], yerr=caps, color="black", fmt="none", elinewidth=0.8, capsize=2.5,
+                              zorder=5)  # fmt: skip
+            for layer in (layer for layer, whose in lacking if whose == name):
+                axis.text(order.index(layer) + shift, 0.01, "missing", rotation=90, ha="center", va="bottom",
+                          fontsize=6, color=colours[name])  # fmt: skip
         by = "" if probe == "closed_form" else f", probe {probe}"
         axis.set(title=f"{model} on {data}, criterion {criterion}{by}", xlabel="layer", ylabel=r"$\rho(S)$")
+        axis.grid(visible=False, axis="x")
+        axis.set_xticks(range(len(order)), order)
         axis.tick_params(axis="x", labelrotation=90 if len(order) > 8 else 30)
-        low = min(0.0, table.groupby(["layer", "estimator"]).rho.quantile(0.25).min())
-        axis.set_ylim(bottom=low - 0.02)
-    legend = axes[0][-1].get_legend()
-    if legend is not None:
-        for text in legend.get_texts():
-            text.set_text(LABELS.get(text.get_text(), text.get_text()))
-        sns.move_legend(axes[0][-1], "center left", bbox_to_anchor=(1, 0.5), frameon=False, title="estimator")
-    _save(figure, path)
+        axis.set_xlim(-0.5, len(order) - 0.5)
+        axis.set_ylim(bottom=min(0.0, panel[0.25].min()) - 0.02)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, title="estimator")
+    _save(figure, path, DPI if down <= 2 else DPI // 2)
     return True
 
 
-def draw_degradation(degradation: pd.DataFrame, path: Path) -> bool:
+def draw_degradation(degradation: pd.DataFrame, path: Path, missing: Sequence[tuple[str, ...]] = ()) -> bool:
     """Fig. 4a: mean probability of the class first predicted against the number of replaced patches.
 
-    One panel per model and data set; the band is the standard error over images.
+    One panel per model and data set; the band is the standard error over images. What is ``missing``, by model, data,
+    estimator and method, stands in the legend as such.
     """
     if degradation.empty:
         return False
@@ -104,23 +114,15 @@ def draw_degradation(degradation: pd.DataFrame, path: Path) -> bool:
             1, len(panels), squeeze=False, figsize=(5 * len(panels) + 2, 4), layout="constrained"
         )
     for axis, ((model, data), table) in zip(axes[0], panels, strict=True):
-        curves = {
-            (str(name), str(method)): curve.sort_values("step")
-            for (name, method), curve in table.groupby(["estimator", "method"])
-        }
-        with_patterns = {method for name, method in curves if name != "none"}
-        estimators = _palette(list(table.estimator.unique()))
-        free = sorted({method for name, method in curves if name == "none"}, key=_method_place)
-        colours = dict(zip(free, sns.color_palette("husl", max(8, len(free))), strict=False))
-        places = {name: place for place, name in enumerate(ordered(set(table.estimator) - {"none"}))}
-        for name, method in sorted(curves, key=lambda key: (places.get(key[0], 99), _method_place(key[1]))):
-            curve = curves[name, method]
-            baseline, title = method.startswith("random_order"), plain(method)
-            label = title if name == "none" else LABELS.get(name, name)
-            if name != "none" and (len(with_patterns) > 1 or len(free) > 1):
-                label += f", {title}"
-            colour = (0.45, 0.45, 0.45) if baseline else colours[method] if name == "none" else estimators[name]
-            dashes = "--" if baseline else "-." if name != "none" and method.startswith("pattern_net") else "-"
+        curves = {(str(name), str(method)): curve for (name, method), curve in table.groupby(["estimator", "method"])}
+        lacking = [(name, method) for *panel, name, method in missing if panel == [model, data]]
+        for (name, method), style in (styles := curve_styles([*curves, *lacking])).items():
+            label, colour = curve_label(name, method, styles, LABELS.get(name, name)), legible(style.colour)
+            dashes = (0, style.dashes) if style.dashes else "-"
+            if (name, method) not in curves:
+                axis.plot([], label=f"{label} (missing)", color=colour, linestyle=dashes)
+                continue
+            curve = curves[name, method].sort_values("step")
             error = curve.probability_std / curve.n**0.5
             axis.plot(curve.step, curve.probability_mean, label=label, color=colour, linestyle=dashes)
             axis.fill_between(curve.step, curve.probability_mean - error, curve.probability_mean + error,
@@ -132,12 +134,6 @@ def draw_degradation(degradation: pd.DataFrame, path: Path) -> bool:
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
     return True
-
-
-def _method_place(method: str) -> tuple[int, str]:
-    name = method.split(",")[0]
-    order = [*list(METHODS)[1:], "random_order"]
-    return (order.index(name) if name in order else 99, method)
 
 
 def draw_explanations(images: Tensor, columns: Mapping[str, Tensor], captions: list[str], path: Path) -> None:
@@ -221,7 +217,7 @@ def draw_similarity(table: pd.DataFrame, path: Path, title: str, xlabel: str, yl
         ylabels: of each measure, in the order of the panels.
     """
     order = table.sort_values("layer_index", ascending=False).drop_duplicates("layer_index").layer.tolist()
-    methods = sorted(table.method.unique(), key=_method_place)
+    methods = sorted(table.method.unique(), key=method_place)
     colours = dict(zip(methods, sns.color_palette("colorblind", max(10, len(methods))), strict=False))
     across = min(2, len(ylabels))
     down = -(-len(ylabels) // across)

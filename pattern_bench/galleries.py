@@ -36,6 +36,7 @@ from pattern_bench.errors import UserError
 from pattern_bench.figures import Panel
 from pattern_bench.methods.base import kind_of
 from pattern_bench.methods.patterns import LrpZ
+from pattern_bench.names import plain
 from pattern_bench.preparation import Setup, prepare
 from pattern_bench.progress import Stages
 from pattern_bench.record import Record, begin, recorded
@@ -256,8 +257,7 @@ def _explain_and_draw(
         **shown.figures(),
         "versions": results.versions(),
     }
-    record.end(SUMMARY, summary, "-".join(names.values()))
-    return summary
+    return record.end(SUMMARY, summary, "-".join(names.values()))
 
 
 def _tasks(
@@ -269,7 +269,7 @@ def _tasks(
     """Key, title, method (None for the image itself) and patterns of every column."""
     if not estimators:
         own = patterns.get(setup.estimator.name, {})
-        return [(name, figures.METHODS.get(name, name), method, own) for name, method in methods.items()]
+        return [(name, plain(name), method, own) for name, method in methods.items()]
     found: list[tuple[str, str, Any, Mapping[str, Pattern]]] = []
     pattern_net, pattern_attribution = (build(setup.cfg.methods[n]) for n in ("pattern_net", "pattern_attribution"))
     for kind, method in (("signal", pattern_net), ("attribution", pattern_attribution)):

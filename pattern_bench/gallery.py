@@ -24,4 +24,4 @@ def gallery(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    command_line(gallery)
+    command_line(gallery, "pattern_bench.gallery")

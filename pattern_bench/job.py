@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,15 @@ def _names(setup: Setup) -> dict[str, str]:
 
 def _stages(setup: Setup, shown: Stages, record: Record) -> None:
     cfg, estimator, names = setup.cfg, setup.estimator, setup.names
-    title = "-".join([*names.values(), estimator.name])
+    what = "-".join([*names.values(), estimator.name])
     unreadable: set[str] = set()
     record.csv("splits.csv", results.split_table(setup.splits, unreadable))
 
     def meet(met: Met) -> None:
         if fresh := [name for name in met.unreadable if name not in unreadable]:
             some = ", ".join(fresh[:5]) + (" …" if len(fresh) > 5 else "")
-            shown.console.print(f"{len(fresh)} images cannot be read and are left out: {some}")
+            count = "1 image" if len(fresh) == 1 else f"{len(fresh)} images"
+            shown.console.print(f"{count} cannot be read and are left out: {some}", highlight=False, soft_wrap=True)
             unreadable.update(fresh)
 
     fingerprints = {name: setup.splits[name].fingerprint for name in SPLITS}
@@ -110,7 +112,7 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
              "seed": str(cfg.seed), "model_fingerprint": setup.model_key},
         )  # fmt: skip
         fitted = {"estimator": estimator.name, "model": setup.model_key, "images": fingerprints["fit"]}
-        record.uses("patterns", title, fitted, "patterns.safetensors")
+        record.uses("patterns", what, fitted, "patterns.safetensors")
         tables = []
         if "closed_form" in criterion.probes(setup):
             probe = collect("probe", "fit_probe", "fit v on the second half", gram=True)
@@ -120,9 +122,8 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
             tables.append(table)
         if "sgd" in criterion.probes(setup):
             with shown.run("fit_readers", "fit v on the second half by descent") as bar:
-                readers, how["descent"], met = criterion.descent(
-                    setup, patterns, bar, lambda epoch, loss: record.curve("descent", epoch, {"loss": loss})
-                )
+                tell = functools.partial(record.curve, "descent")
+                readers, how["descent"], met = criterion.descent(setup, patterns, bar, tell)
             meet(met)
             with shown.run("read", "ρ(S) of every neuron, by descent") as bar:
                 table, met = criterion.measure_readers(setup, patterns, readers, bar)
@@ -220,5 +221,4 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
         "versions": results.versions(),
     }
     record.metrics({f"{what}/{stage}": value for what, of in shown.figures().items() for stage, value in of.items()})
-    record.end(SUMMARY, summary, title)
-    terminal.show(summary, shown.console)
+    terminal.show(record.end(SUMMARY, summary, what), shown.console)

@@ -91,7 +91,7 @@ class ReaderDescent(Descending):
         batches: of the probe split; one that is smaller than the others counts for less.
 
     Attributes:
-        losses: of each round so far.
+        rounds: what is told of each so far.
 
     Raises:
         UserError: naming layer and batch, where an activation or a loss is NaN or infinite.
@@ -108,7 +108,7 @@ class ReaderDescent(Descending):
         self.readers = nn.ModuleList(readers.values())
         self.learning_rate, self.steps = learning_rate, steps
         self.seen = Seen()
-        self.losses: list[float] = []
+        self.rounds: list[dict[str, float]] = []
 
     def calibrate(self, images: Tensor, positions: Tensor) -> None:
         """Shows each reader the first call of its layer, on images (B, ...) at ``positions`` (B,) of the split."""
@@ -167,12 +167,12 @@ class ReaderDescent(Descending):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["seen"] = self.seen.tensors()
-        checkpoint["losses"] = list(self.losses)
+        checkpoint["rounds"] = list(self.rounds)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.seen = Seen.from_tensors(checkpoint["seen"])
-        self.losses = list(checkpoint["losses"])
+        self.rounds = list(checkpoint["rounds"])
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)

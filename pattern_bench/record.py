@@ -78,21 +78,26 @@ class Record:
         if self.tracker is not None:
             self.tracker.uses(kind, name, about, None if file is None else self.folder / file)
 
-    def end(self, name: str, summary: Mapping[str, Any], title: str) -> None:
+    def end(self, name: str, summary: Mapping[str, Any], title: str) -> dict[str, Any]:
         """Ends the run, with all processes: the file ``name``, which says that it is complete, comes last.
 
-        ``title`` names the artifact of its results.
+        Args:
+            name: of the file.
+            summary: its content, to which the run's id and the time are added; that is returned.
+            title: names the artifact of the run's results.
         """
+        ended = datetime.now(UTC).isoformat(timespec="seconds")
+        whole = {"run_id": self.run_id, "ended": ended, **summary}
         ranks.wait()
         if self.tracker is None:
-            return
+            return whole
         hidden = self.folder / f".{name}"
-        ended = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(hidden, {"run_id": self.run_id, "ended": ended, **summary})
+        write_json(hidden, whole)
         self.tracker.results(title, {**self.files, name: hidden}, {"run_id": self.run_id})
         self.tracker.finish(succeeded=True)
         os.replace(hidden, self.folder / name)
         shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
+        return whole
 
     def _file(self, name: str) -> Path:
         self.files[name] = self.folder / name

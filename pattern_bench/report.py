@@ -1,246 +1,176 @@
-"""``python -m pattern_bench.report DIR…``: gathers runs into the tables and figures of Fig. 3 and Fig. 4a."""
+"""``python -m pattern_bench.report DIR…``: lays runs together into the tables and figures of Fig. 3 and Fig. 4a, and
+into a page, ``index.html``. With ``--compare A B`` it says what changed between two sets of runs."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
 
 from pattern_bench.errors import UserError
-from pattern_bench.files import write_file
-from pattern_bench.results import (
-    BOOTSTRAP_COLUMNS,
-    DEGRADATION_COLUMNS,
-    RHO_COLUMNS,
-    ordered,
-    standard_errors,
-    write_csv,
-)
+from pattern_bench.figures import draw_degradation, draw_rho
+from pattern_bench.reporting import tables
+from pattern_bench.reporting.comparison import compare, comparison_sections, said
+from pattern_bench.reporting.gathering import Conflict, Gathered, gather
+from pattern_bench.reporting.page import write_page
+from pattern_bench.reporting.sections import report_sections
+from pattern_bench.results import write_csv
 
-CELL = ["model", "data", "criterion", "probe", "layer", "estimator"]
-CURVE = ["model", "data", "estimator", "method"]
-AREA = "area over the curve"
-TYPES: dict[str, Any] = {
-    "layer_index": int, "neuron": int, "rho": float, "dead": bool, "step": int, "probability_mean": float,
-    "probability_std": float, "n": int, "resample": int, "mean": float, "median": float,
-}  # fmt: skip
-"""Of the columns that are no names."""
+WANDB = "wandb://"
+MOST_LINES = 8
 
 
-@dataclass(frozen=True)
-class Run:
-    """A complete run: its folder, when it ended, its summary and its tables."""
-
-    folder: Path
-    ended: float
-    summary: dict[str, Any]
-    rho: pd.DataFrame
-    degradation: pd.DataFrame
-    bootstrap: pd.DataFrame
-
-
-def find_runs(folders: Sequence[str]) -> list[Run]:
-    """Every complete run at or below ``folders`` (a run is complete when it has a ``summary.json``), oldest first.
+@contextmanager
+def sources(names: Sequence[str]) -> Iterator[list[tuple[Path, str]]]:
+    """The folders that ``names`` stand for, each with its name; W&B projects are downloaded for as long as this lasts.
 
     Raises:
-        UserError: where a folder is missing, holds no complete run, or a run's files are damaged.
+        UserError: where a project cannot be had.
     """
-    runs: dict[Path, Run] = {}
-    for name in folders:
-        root = Path(name).expanduser()
-        if not root.is_dir():
-            raise UserError(f"DIR={name} is not a folder: give run folders, or folders of runs")
-        found = [Path(folder) for folder, _, files in os.walk(root) if "summary.json" in files]
-        if not found:
-            raise UserError(f"DIR={name} holds no complete run (none has a summary.json): run the job first")
-        runs.update({folder.resolve(): _read(folder) for folder in found})
-    return sorted(runs.values(), key=lambda run: run.ended)
+    with tempfile.TemporaryDirectory(prefix="pattern_bench-") as temporary:
+        folders = []
+        for place, name in enumerate(names):
+            if name.startswith(WANDB):
+                from pattern_bench.tracking import download
+
+                folder = Path(temporary) / str(place)
+                folder.mkdir()
+                download(name.removeprefix(WANDB), folder)
+            else:
+                folder = Path(name).expanduser()
+            folders.append((folder, name))
+        yield folders
 
 
-def _read(folder: Path) -> Run:
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-        tables = [_table(folder / "rho.csv", RHO_COLUMNS), _table(folder / "degradation.csv", DEGRADATION_COLUMNS)]
-        file = folder / "bootstrap.csv"
-        tables.append(_table(file, BOOTSTRAP_COLUMNS) if file.is_file() else pd.DataFrame(columns=BOOTSTRAP_COLUMNS))
-        if not isinstance(summary, dict) or not isinstance(summary.get("area_over_curve_interval", {}), dict):
-            raise ValueError("summary.json is not a summary")
-        for ends in summary.get("area_over_curve_interval", {}).values():
-            if not (isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)):
-                raise ValueError(f"summary.json gives {ends} as an interval")
-    except (OSError, ValueError, OverflowError) as error:
-        raise UserError(f"the run in {folder} is damaged ({error}): remove it or run it again") from error
-    return Run(folder, (folder / "summary.json").stat().st_mtime, summary, *tables)
+def report(names: Sequence[str], output: Path) -> list[str]:
+    """Writes tables, figures and page of everything below the folders ``names`` into ``output``; returns lines that
+    say what it did.
 
-
-def _table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """
     Raises:
-        ValueError: where a column is missing or holds what it cannot.
+        UserError: where there is no complete run, files are damaged, or ``output`` cannot be made.
     """
-    table = pd.read_csv(file, dtype={column: TYPES.get(column, str) for column in columns})
-    if lacking := [column for column in columns if column not in table.columns]:
-        raise ValueError(f"{file.name} lacks columns {lacking}: was it written by another version?")
-    for column, kind in TYPES.items():
-        if kind is float and column in columns and not (table[column].isna() | table[column].between(-1e9, 1e9)).all():
-            raise ValueError(f"{file.name} holds what is no number in column {column}")
-    if named := [column for column in columns if TYPES.get(column) is None and table[column].isna().any()]:
-        raise ValueError(f"{file.name} has empty cells in columns {named}")
-    if "probability_mean" in columns and table[["probability_mean", "step"]].isna().any(axis=None):
-        raise ValueError(f"{file.name} has a step without a probability")
-    return table
+    with sources(names) as folders:
+        found = gather(folders)
+        _make(output)
+        rho = tables.rho_table(found.rho, found.bootstrap, found.missing_cells)
+        tables.write_table(rho, output / "fig3")
+        drawn = ["index.html", "fig3.csv", "fig3.md", "fig3.tex"]
+        if draw_rho(found.rho, output / "fig3.png", found.bootstrap, found.missing_cells):
+            drawn.append("fig3.png")
+        lines = [counted(len(found.runs), "run")]
+        if len(found.degradation):
+            missing = found.missing_curves
+            curves = tables.degradation_table(found.degradation, tables.area_intervals(found.curves), missing)
+            tables.write_table(curves, output / "fig4a", tables.shown_degradation(curves, missing))
+            draw_degradation(found.degradation, output / "fig4a.png", missing)
+            drawn += ["fig4a.csv", "fig4a.md", "fig4a.tex", "fig4a.png"]
+        else:
+            lines.append("no run has a degradation curve, so there is no Fig. 4a")
+        write_csv(output / "missing.csv", tables.missing_table(found))
+        write_csv(output / "conflicts.csv", tables.conflict_table(found.conflicts))
+        lines += [*conflict_lines(found.conflicts), *missing_lines(found)]
+        command = shlex.join(["python", "-m", "pattern_bench.report", *names, "--output", str(output)])
+        models = ", ".join(sorted({cell[0] for cell in found.cells}))
+        lead = f"{counted(len(found.runs), 'run')} of {models}. Which explanation of the network should you believe?"
+        write_page(
+            output / "index.html", "Signal estimators and explanations",
+            {"lead": lead, "sections": report_sections(found, rho, command), "version": version("pattern_bench")},
+        )  # fmt: skip
+    return [*lines, f"{output}: {' '.join([*drawn, 'missing.csv', 'conflicts.csv'])}"]
 
 
-def merged(tables: Sequence[pd.DataFrame], key: list[str]) -> tuple[pd.DataFrame, int]:
-    """The tables below one another; of the cells with the same ``key``, the last table's win. Also counts the cells
-    that a later run replaced."""
-    numbered = [table.assign(_run=number) for number, table in enumerate(tables) if len(table)]
-    if not numbered:
-        return tables[0], 0
-    every = pd.concat(numbered, ignore_index=True)
-    # What two runs agree on to the last digit, such as the random order's curve, is one result, not a conflict.
-    every = every.drop_duplicates(subset=[column for column in every.columns if column != "_run"], keep="last")
-    newest = every.groupby(key)["_run"].transform("max")
-    kept = every[every["_run"] == newest].drop(columns="_run")
-    return kept, len(every.groupby([*key, "_run"])) - len(kept.groupby(key))
-
-
-def current_bootstrap(runs: Sequence[Run]) -> pd.DataFrame:
-    """Resamples of each cell from the run whose rho is the latest; none where that run drew none."""
-    tables: list[pd.DataFrame] = []
-    done: set[Any] = set()
-    for run in reversed(runs):
-        cells = pd.MultiIndex.from_frame(run.bootstrap[CELL].astype(str))
-        tables.append(run.bootstrap[~cells.isin(done)])
-        done |= set(pd.MultiIndex.from_frame(run.rho[CELL].drop_duplicates().astype(str)))
-    return pd.concat(tables, ignore_index=True)
-
-
-def rho_table(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> pd.DataFrame:
-    """Fig. 3 as a table: mean, median and quartiles of rho over the live neurons of each layer and estimator; with
-    standard errors of mean and median where images were drawn again."""
-    keys = ["model", "data", "criterion", "probe", "layer_index", "layer", "estimator"]
-    rank = {name: place for place, name in enumerate(ordered(rho.estimator))}
-    groups = rho.groupby(keys, sort=True)
-    table = pd.DataFrame(
-        {
-            "mean": groups.rho.mean(),
-            "median": groups.rho.median(),
-            "q25": groups.rho.quantile(0.25),
-            "q75": groups.rho.quantile(0.75),
-            "neurons": groups.size(),
-            "dead": groups.dead.sum(),
-        }
-    )
-    if len(bootstrap):
-        table = table.join(standard_errors(bootstrap, keys).add_prefix("standard_error_"))
-    table = table.sort_index(key=lambda level: level.map(rank) if level.name == "estimator" else level)
-    return table.reset_index().drop(columns="layer_index")
-
-
-Intervals = dict[Any, list[float]]
-"""Of the area over the curve, by model, data, estimator and method."""
-
-
-def area_intervals(runs: Sequence[Run]) -> Intervals:
-    """The newest run's interval of each curve."""
-    found: Intervals = {}
-    for run in runs:
-        known = run.summary.get("area_over_curve_interval", {})
-        for model, data, estimator, method in run.degradation[CURVE].drop_duplicates().itertuples(index=False):
-            if method in known:
-                found[model, data, estimator, method] = known[method]
-    return found
-
-
-def degradation_table(degradation: pd.DataFrame, intervals: Intervals) -> pd.DataFrame:
-    """Fig. 4a as a table: mean probability by step, a column per estimator (and method, where there are several);
-    the area over the curve last, after the ends of its 95 % interval."""
-    wide = degradation.pivot_table(
-        index=["model", "data", "step"], columns=["estimator", "method"], values="probability_mean"
-    )
-    names = [name for name in ordered(degradation.estimator) if name != "none"]
-    curves = [(name, method) for name in [*names, "none"] for method in wide.get(name, [])]
-    several = len(curves) > len(names) + 1
-    wide = wide[curves]
-
-    def title(name: str, method: str) -> str:
-        if name == "none":
-            return method.replace("random_order", "random order")
-        return f"{name} {method}" if several else name
-
-    wide.columns = pd.Index([title(name, method) for name, method in curves])
-    tables = []
-    for (model, data), table in wide.groupby(level=["model", "data"], sort=False):
-        steps = table.sort_index().astype(object)
-        areas = (table.iloc[0] - table).mean()
-        areas.name = (model, data, AREA)
-        rows = []
-        for end, bound in enumerate(("from", "to")):
-            unknown = [float("nan")] * 2
-            ends = [intervals.get((model, data, name, method), unknown)[end] for name, method in curves]
-            rows.append(pd.Series(ends, index=wide.columns, name=(model, data, f"{AREA}, 95 % {bound}")))
-        rows.append(areas)
-        tables.append(pd.concat([steps, *(row.to_frame().T.astype(object) for row in rows)]))
-    joined = pd.concat(tables)
-    joined.index = pd.MultiIndex.from_tuples(joined.index.tolist(), names=["model", "data", "step"])
-    return joined.reset_index()
-
-
-def write_table(table: pd.DataFrame, stem: Path) -> None:
-    """CSV, Markdown and LaTeX; the latter two rounded to four places."""
-    write_csv(stem.with_suffix(".csv"), table)
-    shown = table.map(lambda value: f"{value:.4f}" if isinstance(value, float) and value == value else value)
-    shown = shown.astype(object).where(table.notna(), "–")
-    markdown = shown.to_markdown(index=False, disable_numparse=True)
-    write_file(stem.with_suffix(".md"), lambda file: file.write_text(markdown + "\n"))
-    latex = shown.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
-    write_file(stem.with_suffix(".tex"), lambda file: file.write_text(latex.to_latex(hrules=True)))
-
-
-def report(folders: Sequence[str], output: Path) -> list[str]:
-    """Writes tables and figures of all runs below ``folders`` into ``output``; returns lines that say what it did."""
-    runs = find_runs(folders)
-    rho, replaced = merged([run.rho for run in runs], CELL)
-    degradation, replaced_curves = merged([run.degradation for run in runs], CURVE)
-    bootstrap = current_bootstrap(runs)
+def _make(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output={output} cannot be made ({error.strerror}): choose another folder") from error
-    said = [f"{len(runs)} runs"]
-    if replaced + replaced_curves:
-        said.append(f"{replaced} cells and {replaced_curves} curves of earlier runs replaced by later ones")
-    from pattern_bench.figures import draw_degradation, draw_rho
 
-    write_table(rho_table(rho, bootstrap), output / "fig3")
-    drawn = ["fig3.csv", "fig3.md", "fig3.tex"]
-    if draw_rho(rho, output / "fig3.png", bootstrap):
-        drawn.append("fig3.png")
-    if len(degradation):
-        write_table(degradation_table(degradation, area_intervals(runs)), output / "fig4a")
-        draw_degradation(degradation, output / "fig4a.png")
-        drawn += ["fig4a.csv", "fig4a.md", "fig4a.tex", "fig4a.png"]
-    else:
-        said.append("no run has a degradation curve, so there is no Fig. 4a")
-    return [*said, f"{output}: {' '.join(drawn)}"]
+
+def counted(number: int, what: str) -> str:
+    """The number with its noun."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def conflict_lines(conflicts: Sequence[Conflict]) -> list[str]:
+    """What was replaced, a line per pair of runs, at most MOST_LINES of them."""
+    if not conflicts:
+        return []
+    cells = sum("layer" in conflict.where for conflict in conflicts)
+    curves = len(conflicts) - cells
+    pairs: dict[tuple[str, str], list[Conflict]] = {}
+    for conflict in conflicts:
+        pairs.setdefault((conflict.kept.name, conflict.replaced.name), []).append(conflict)
+    lines = [f"{counted(cells, 'cell')} and {counted(curves, 'curve')} of earlier runs replaced by later ones:"]
+    for (kept, replaced), several in sorted(pairs.items(), key=lambda pair: -len(pair[1]))[:MOST_LINES]:
+        widest = max(several, key=lambda c: abs(c.kept_mean - c.replaced_mean) if c.kept_mean == c.kept_mean else 0.0)
+        settings = ", ".join(widest.settings()[:4]) or "no setting"
+        what = " ".join(value for key, value in widest.where.items() if key in ("layer", "estimator", "method"))
+        lines.append(
+            f"  {kept} instead of {replaced}: {len(several)}, such as {what}, mean {widest.kept_mean:.4f} instead of "
+            f"{widest.replaced_mean:.4f} (other: {settings})"
+        )
+    return lines + ([f"  and {len(pairs) - MOST_LINES} more pairs of runs"] if len(pairs) > MOST_LINES else [])
+
+
+def missing_lines(found: Gathered) -> list[str]:
+    """What is missing, a line per job, at most MOST_LINES of them; and what runs it."""
+    jobs = found.missing_jobs
+    lines = []
+    if jobs:
+        lines.append(f"missing: {counted(len(jobs), 'job')}")
+        lines += [f"  {job.folder}: {' '.join(job.overrides)}" for job in jobs[:MOST_LINES]]
+        lines += [f"  and {len(jobs) - MOST_LINES} more"] if len(jobs) > MOST_LINES else []
+        commands = dict.fromkeys(job.command for job in jobs)
+        lines += ["what runs them:", *(f"  {command}" for command in list(commands)[:MOST_LINES])]
+    if found.missing_cells or found.missing_curves:
+        cells, curves = counted(len(found.missing_cells), "cell"), counted(len(found.missing_curves), "curve")
+        lines.append(f"missing: {cells} of Fig. 3 and {curves} of Fig. 4a")
+    return lines
+
+
+def comparison(names: Sequence[str], output: Path) -> list[str]:
+    """Writes what changed from the runs in the first of ``names`` to those in the second into ``output``; returns
+    lines that say it.
+
+    Raises:
+        UserError: as for :func:`report`.
+    """
+    with sources(names) as folders:
+        a, b = (gather([folder]) for folder in folders)
+        _make(output)
+        found, settings = compare(a, b, output)
+        command = shlex.join(["python", "-m", "pattern_bench.report", "--compare", *names, "--output", str(output)])
+        write_page(
+            output / "index.html", "What changed",
+            {"lead": f"From {counted(len(a.runs), 'run')} in {names[0]} (A) to {len(b.runs)} in {names[1]} (B).",
+             "sections": comparison_sections(a, b, found, settings, command), "version": version("pattern_bench")},
+        )  # fmt: skip
+    missing = [line for side in (a, b) for line in missing_lines(side)]
+    return [*said(found, settings), *missing, f"{output}: index.html compare.md compare.csv"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pattern_bench.report", description=__doc__)
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="run folders, or folders of runs (multirun too)")
+    parser.add_argument(
+        "folders", nargs="*", metavar="DIR",
+        help="run folders, folders of runs (multirun too), W&B's offline runs, or wandb://ENTITY/PROJECT",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="say what changed from the runs in A to those in B"
+    )
     parser.add_argument("--output", type=Path, default=Path("report"), help="where to write (default: report)")
     options = parser.parse_args(arguments)
+    if bool(options.folders) == bool(options.compare):
+        parser.error("give folders of runs, or --compare A B")
+    command, names = (comparison, options.compare) if options.compare else (report, options.folders)
     try:
-        print("\n".join(report(options.folders, options.output)))
+        print("\n".join(command(names, options.output)))
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:

@@ -7,14 +7,17 @@ import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from torch import Tensor
 
-from pattern_bench.core.estimators import Pattern
-from pattern_bench.data.splits import SPLITS, Split
 from pattern_bench.files import write_file
+
+if TYPE_CHECKING:  # the report starts a second earlier without them
+    from torch import Tensor
+
+    from pattern_bench.core.estimators import Pattern
+    from pattern_bench.data.splits import Split
 
 RHO_COLUMNS = (
     "model", "data", "layer", "layer_index", "estimator", "criterion", "probe", "neuron", "rho", "dead",
@@ -124,8 +127,8 @@ def versions() -> dict[str, str]:
 def split_table(splits: Mapping[str, Split], unreadable: set[str]) -> pd.DataFrame:
     """One row per image: its split, its index in its pool, its name and label, and whether it could be read."""
     tables = []
-    for name in SPLITS:
-        pool, indices = splits[name].pool, splits[name].indices.tolist()
+    for name, split in splits.items():
+        pool, indices = split.pool, split.indices.tolist()
         labels = None if pool.labels is None else [pool.labels[i] for i in indices]
         names = [pool.ids[i] for i in indices]
         tables.append(pd.DataFrame({"split": name, "index": indices, "name": names, "label": labels}))

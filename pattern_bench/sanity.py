@@ -24,4 +24,4 @@ def sanity(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    command_line(sanity)
+    command_line(sanity, "pattern_bench.sanity")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import ParseResult, urlparse
 from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
@@ -237,8 +237,9 @@ class WandbTracker(Tracker):
             )  # fmt: skip
 
         try:
-            server = wandb.setup(wandb.Settings(silent=True)).settings.base_url
-            self.run = begin(os.environ.get("WANDB_MODE") or ("online" if _reachable(server) else "offline"))
+            self.run = begin(os.environ.get("WANDB_MODE") or ("online" if reachable() else "offline"))
+        except UserError:
+            raise
         except wandb.errors.AuthenticationError as error:
             raise _refused(settings, error) from error
         except wandb.errors.CommError as error:
@@ -319,7 +320,9 @@ class WandbTracker(Tracker):
     def _artifact(self, kind: str, of: str, files: Mapping[str, Path], about: Mapping[str, Any]) -> Any:
         import wandb
 
-        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", f"{kind}-{of}")[:128], type=kind, metadata=dict(about))
+        artifact = wandb.Artifact(
+            re.sub(r"[^A-Za-z0-9_.-]", "-", f"{kind}-{of}")[:128], type=kind, metadata=dict(about)
+        )
         place = self.place / "artifacts" / artifact.name
         place.mkdir(parents=True)
         (place / f"{kind}.json").write_text(json.dumps(about, indent=2, sort_keys=True))
@@ -361,14 +364,30 @@ def _sweep_of(folder: Path) -> str | None:
     return folder.parent.name if (folder.parent / "multirun.yaml").is_file() else None
 
 
-def _reachable(url: str) -> bool:
-    """Whether there is a key for the server, and it or the proxy before it answers; never asks, and waits
+def _server() -> ParseResult:
+    """The address of W&B's server: the environment's, or that which ``wandb login --host`` left."""
+    import wandb
+
+    try:
+        return urlparse(wandb.setup(wandb.Settings(silent=True)).settings.base_url)
+    except ValueError as error:
+        raise UserError(f"W&B's settings are not possible ({' '.join(str(error).split())}): mend them") from error
+
+
+def _has_key(server: ParseResult) -> bool:
+    return (
+        any(os.environ.get(f"WANDB_{name}") for name in ("API_KEY", "IDENTITY_TOKEN_FILE"))
+        # W&B looks for the port too, and asks for a key where it finds none.
+        or _in_netrc(server.netloc)
+    )
+
+
+def reachable() -> bool:
+    """Whether there is a key for W&B's server, and it or the proxy before it answers; never asks, and waits
     ``CONNECT_SECONDS`` at most."""
-    server = urlparse(url)
+    server = _server()
     host = server.hostname or ""
-    if not any(os.environ.get(f"WANDB_{name}") for name in ("API_KEY", "IDENTITY_TOKEN_FILE")) and not _in_netrc(
-        server.netloc
-    ):
+    if not _has_key(server):
         return False
     proxy = None if proxy_bypass(host) else getproxies().get(server.scheme)
     way = urlparse(proxy) if proxy else server
@@ -395,3 +414,56 @@ def _in_netrc(host: str) -> bool:
         return netrc.netrc(file).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def download(project: str, into: Path) -> list[Path]:
+    """Fetches what the finished runs of a W&B project left, through W&B's public API.
+
+    Args:
+        project: ``ENTITY/PROJECT``.
+        into: each run's files come into ``into/RUN_ID/results``; those of an earlier download are replaced.
+
+    Returns:
+        The folders ``into/RUN_ID``, in the order in which the runs were created. Runs that left no results are named in
+        the log.
+
+    Raises:
+        UserError: where the project is not one, there is no key, the server does not answer, it knows no such project
+            or no finished run with results, or it names a file that would lie elsewhere.
+    """
+    if not re.fullmatch(r"[^/\s]+/[^/\s]+", project):
+        raise UserError(f"{project} is no W&B project: give ENTITY/PROJECT")
+    server = _server()
+    host = server.hostname or ""
+    if not _has_key(server):
+        raise UserError(f"the W&B project {project} needs a key for {host}: run wandb login, or set WANDB_API_KEY")
+    if not reachable():
+        raise UserError(f"the W&B project {project} cannot be read, since {host} does not answer: try again later")
+    import wandb
+
+    found, without = [], []
+    try:
+        for run in wandb.Api().runs(project, filters={"state": "finished"}):
+            files = [file for file in run.files(pattern=f"{RESULTS}/%") if file.name.startswith(f"{RESULTS}/")]
+            for name in (run.id, *(file.name.removeprefix(f"{RESULTS}/") for file in files)):
+                if not re.fullmatch(r"\w[\w.-]*", name):
+                    raise UserError(f"the W&B project {project} has a file {name!r} that {into} cannot hold: remove it")
+            # The summary last: a folder that has one is complete.
+            for file in sorted(files, key=lambda file: file.name == f"{RESULTS}/summary.json"):
+                file.download(str(into / run.id), replace=True).close()
+            if files:
+                found.append(into / run.id)
+            else:
+                without.append(f"{run.name} ({run.id})")
+    except (wandb.errors.Error, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"the W&B project {project} cannot be read ({said}): is it the right one, and yours?"
+        ) from error
+    if without:
+        log.warning("%d runs of %s left no results: %s", len(without), project, ", ".join(without))
+    if not found:
+        raise UserError(f"the W&B project {project} holds no finished run with results: run the job first")
+    return found

@@ -33,7 +33,7 @@ def test_each_choice_composes_and_builds(configure, choice):
             OmegaConf.update(cfg, key, value)
     check_complete(cfg)
     OmegaConf.to_container(cfg, resolve=True)
-    if "_target_" in cfg[group] and choice != "trainer=gpu":
+    if "_target_" in cfg.get(group, {}) and choice != "trainer=gpu":
         build(cfg[group])
 
 
@@ -54,3 +54,14 @@ def test_looking_at_the_configuration_imports_no_torch(flags):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_the_shell_completes_groups_and_sweeps(command, monkeypatch):
+    """Through what Hydra's completion asks, whichever shell it is."""
+    for line, choices in (
+        ("pattern-bench model=vgg", {"model=vgg16", "model=vgg16_features"}),
+        ("pattern-bench -m +sweep=fig", {"+sweep=fig3", "+sweep=fig4a"}),
+    ):
+        monkeypatch.setenv("COMP_LINE", line)
+        monkeypatch.setenv("COMP_POINT", str(len(line)))
+        assert set(command("-sc", "query=bash").stdout.split()) == choices

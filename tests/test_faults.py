@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import time
@@ -904,8 +905,7 @@ def test_files_that_vanish_or_are_spoilt_during_a_run_are_left_out_and_named(
     assert rho.rho.isna().equals(rho.dead)
     assert set(degradation.n) == {8 - 4}
     said = capsys.readouterr().err
-    assert "2 images cannot be read and are left out" in said
-    assert "4 images cannot be read and are left out" in said
+    assert re.findall(r"(\d+ images?) cannot be read and", said) == ["1 image", "2 images", "2 images", "3 images"]
     assert "Traceback" not in said
 
 

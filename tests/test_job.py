@@ -97,7 +97,8 @@ def test_a_sweep_and_its_report(command, tmp_path):
         area = next(v for k, v in summary["area_over_curve"].items() if k != "random_order")
         assert curves[summary["estimator"]].iloc[-1] == pytest.approx(area)
     names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert names == {f"{stem}.{end}" for stem in ("fig3", "fig4a") for end in ("csv", "md", "tex", "png")}
+    figures = {f"{stem}.{end}" for stem in ("fig3", "fig4a") for end in ("csv", "md", "tex", "png")}
+    assert names == {*figures, "index.html", "missing.csv", "conflicts.csv"}
     assert "\\toprule" in (tmp_path / "report" / "fig3.tex").read_text()
 
 
@@ -341,7 +342,7 @@ def test_a_later_run_replaces_an_earlier_one_in_the_report(run_job, tmp_path, ca
     run_job(*SMALL, "layer=features.0", "seed=1")
     last = run_job(*SMALL, "layer=features.0", "seed=2")
     report([str(tmp_path), "--output", str(tmp_path / "report")])
-    assert "1 cells and 0 curves of earlier runs replaced" in capsys.readouterr().out
+    assert "1 cell and 0 curves of earlier runs replaced" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "report" / "fig3.csv")
     assert table["mean"].tolist() == [pytest.approx(read(last)["rho"]["all"]["mean"])]
     assert not torch.isnan(torch.tensor(table["mean"])).any()
@@ -366,8 +367,10 @@ def test_images_drawn_again_give_standard_errors(run_job, tmp_path):
     report([str(drawn), "--output", str(tmp_path / "report")])
     shown = pd.read_csv(tmp_path / "report" / "fig3.csv")
     assert shown["standard_error_mean"].tolist() == pytest.approx(table.groupby("layer")["mean"].std().tolist())
-    # A later run without them takes their place.
+    # A later run without them, whose numbers are the same, keeps them; one of other numbers takes their place.
     report([str(drawn), str(run_job(*few)), "--output", str(tmp_path / "report")])
+    assert pd.read_csv(tmp_path / "report" / "fig3.csv").standard_error_mean.notna().all()
+    report([str(drawn), str(run_job(*few, "seed=5")), "--output", str(tmp_path / "report")])
     assert "standard_error_mean" not in pd.read_csv(tmp_path / "report" / "fig3.csv")
 
 

@@ -107,3 +107,34 @@ def test_a_stages_peak_is_its_own():
     with stages.run("small", ""):
         pass
     assert stages.peak_memory_mib["large"] > stages.peak_memory_mib["small"] + 250
+
+
+def test_a_sweeps_table_has_every_cell_and_says_which_are_missing():
+    rows = []
+    for estimator, values in {"a": [0.9, 0.8, 0.1], "x": [None, None, None]}.items():
+        for index, layer in enumerate(["conv1", "conv2"]):
+            if (layer, estimator) != ("conv2", "a"):
+                rows += [
+                    {"model": "m", "data": "d", "criterion": "all", "probe": "sgd", "layer": layer,
+                     "layer_index": index, "estimator": estimator, "rho": value} for value in values
+                ]  # fmt: skip
+    missing = [("m", "d", "all", "sgd", "conv2", "a"), ("m", "d", "all", "sgd", "conv1", "w")]
+    curves = pd.DataFrame(
+        {"model": "m", "data": "d", "estimator": "a", "method": "pattern_net", "step": [0, 1, 2],
+         "probability_mean": [1.0, 0.5, 0.3]}
+    )  # fmt: skip
+    console = Console(file=io.StringIO(), width=100)
+    terminal.show_sweep(pd.DataFrame(rows).astype({"rho": float}), missing, curves, console)
+    lines = [line.split() for line in console.file.getvalue().splitlines() if line.strip()]
+    assert ["layer", "S_x", "S_w", "S_a"] in lines
+    assert ["conv1", "–", "missing", "0.800"] in lines
+    assert ["conv2", "–", "missing"] in lines
+    assert ["m", "d", "PatternNet,", "S_a", "0.400"] in lines
+
+
+def test_a_sweep_ends_with_its_table(command):
+    done = command("-m", "estimator=x,w", "layer=features.0", "logger=none", *SMALL)
+    assert done.returncode == 0
+    assert done.stderr.count("median ρ(S): small_vgg on digits, criterion all, probe closed_form") == 1
+    quiet = command("-m", "estimator=x,w", "layer=features.0", "logger=none", "quiet=true", *SMALL)
+    assert quiet.stderr == ""

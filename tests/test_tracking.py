@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlparse
 
 import numpy as np
 import pandas as pd
@@ -157,7 +158,7 @@ def test_the_summary_has_every_figure_and_nothing_else(tracked):
     assert {key: numbers[key] for key in numbers.keys() - curves} == pytest.approx(expected, rel=1e-9)
     assert set(summary["seconds"]) >= {"fit_patterns", "rho", "fit_readers", "bootstrap", "degrade"}
     assert curves == {
-        "_step", "_timestamp", "_runtime", "descent/epoch", "descent/loss", "degradation/step",
+        "_step", "_timestamp", "_runtime", "descent/epoch", "descent/loss", "descent/rho", "degradation/step",
         "degradation/pattern_attribution", "degradation/random_order",
     }  # fmt: skip
     others = tracked.run.summary.keys() - numbers.keys()
@@ -394,6 +395,8 @@ def test_an_agents_run_is_the_agents_and_its_address_is_told(tmp_path, caplog):
     with serving() as server, connected(server, tmp_path) as patch:
         patch.setenv("WANDB_SWEEP_ID", "sweep123")
         patch.setenv("WANDB_RUN_ID", "fromtheagent")
+        patch.setenv("WANDB_ENTITY", ENTITY)
+        patch.setenv("WANDB_PROJECT", "p")
         log_everything(begin(tmp_path), tmp_path)
     assert server.failures == []
     assert list(server.runs) == ["fromtheagent"]
@@ -559,35 +562,46 @@ def asked(monkeypatch, tmp_path):
     return tried
 
 
-def test_without_a_key_no_connection_is_tried(asked, tmp_path, caplog):
+@pytest.fixture
+def reachable(monkeypatch):
+    """Whether W&B is, where its server has this address."""
+
+    def found(url):
+        monkeypatch.setattr(tracking, "_server", lambda: urlparse(url))
+        return tracking.reachable()
+
+    return found
+
+
+def test_without_a_key_no_connection_is_tried(asked, reachable, tmp_path, caplog):
     (tmp_path / "netrc").write_text(f"machine example.org\n  login user\n  password {KEY}\n")
-    assert not tracking._reachable("https://api.wandb.ai")
-    assert not tracking._reachable("http://example.org:8080")  # W&B looks for the port too, and would ask
+    assert not reachable("https://api.wandb.ai")
+    assert not reachable("http://example.org:8080")  # W&B looks for the port too, and would ask
     assert asked == []
     assert caplog.messages == []
 
 
-def test_a_key_of_any_kind_lets_the_server_be_tried(asked, tmp_path, monkeypatch):
+def test_a_key_of_any_kind_lets_the_server_be_tried(asked, reachable, tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text(f"machine one.org:8080\n  login user\n  password {KEY}\n")
-    assert not tracking._reachable("http://one.org:8080")
+    assert not reachable("http://one.org:8080")
     monkeypatch.setenv("WANDB_IDENTITY_TOKEN_FILE", "token")
-    assert not tracking._reachable("https://two.org")
+    assert not reachable("https://two.org")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert not tracking._reachable("http://three.org/path")
+    assert not reachable("http://three.org/path")
     assert asked == [("one.org", 8080), ("two.org", 443), ("three.org", 80)]
 
 
-def test_behind_a_proxy_the_proxy_is_tried(asked, monkeypatch, caplog):
+def test_behind_a_proxy_the_proxy_is_tried(asked, reachable, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("https_proxy", f"http://user:{PASSWORD}@proxy.org:3128")
     monkeypatch.setenv("no_proxy", "inside.org")
-    assert not tracking._reachable("https://outside.org")
-    assert not tracking._reachable("https://inside.org")
+    assert not reachable("https://outside.org")
+    assert not reachable("https://inside.org")
     assert asked == [("proxy.org", 3128), ("inside.org", 443)]
     assert PASSWORD not in caplog.text
 
 
-def test_a_name_server_that_hangs_is_not_waited_for(asked, monkeypatch):
+def test_a_name_server_that_hangs_is_not_waited_for(asked, reachable, monkeypatch):
     over = threading.Event()
 
     def hang(*_):
@@ -597,7 +611,7 @@ def test_a_name_server_that_hangs_is_not_waited_for(asked, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(tracking, "CONNECT_SECONDS", 0.05)
     monkeypatch.setattr(tracking.socket, "create_connection", hang)
-    assert not tracking._reachable("https://api.wandb.ai")
+    assert not reachable("https://api.wandb.ai")
     over.set()
 
 

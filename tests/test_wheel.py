@@ -36,6 +36,8 @@ def check(python, tmp_path, cache_dir):
     run(python, "-m", "pattern_bench", "estimator=a_plus_minus", cwd=elsewhere, PATTERN_BENCH_CACHE=str(cache_dir))
     (folder,) = (elsewhere / "runs").glob("*/*")
     assert (folder / "summary.json").is_file()
+    run(python, "-m", "pattern_bench.report", "runs", cwd=elsewhere)
+    assert "</html>" in (elsewhere / "report" / "index.html").read_text()
 
 
 def test_the_wheel_runs_the_default_job(wheel, tmp_path, cache_dir):

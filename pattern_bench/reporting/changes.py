@@ -1,0 +1,310 @@
+"""What changed between two sets of runs, A and B: differences B − A with 95 % intervals, and what they are intervals
+of. Larger is better for all of ρ, area over the curve and accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, ROUNDING, Cell, Gathered
+from pattern_bench.reporting.runs import Run
+from pattern_bench.reporting.tables import area_intervals, areas
+from pattern_bench.results import ordered
+
+RESAMPLES = 2000
+NAMES = [*CELL, "method"]
+ALL_LAYERS = "all layers"
+BETTER, WORSE, UNCLEAR, SAME = "better", "worse", "no clear difference", "the same"
+BASELINE = "baseline"
+"""Of random directions and orders, for which there is no better: they show what changed for every explanation."""
+DRAWING = ("seed", "bootstrap.chunks", "moments.positions")
+"""Settings that the draws depend on, besides those of the data."""
+Ends = tuple[float, float]
+UNKNOWN: Ends = (math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One quantity in A and in B.
+
+    Args:
+        quantity: ``rho``, ``area over the curve`` or ``accuracy``.
+        names: of NAMES, those that it has.
+        a, b: its values; NaN where there is none.
+        low, high: ends of the 95 % interval of ``b − a``.
+        interval: what the interval is of.
+        note: in which of the two it is missing, or why there is no value.
+    """
+
+    quantity: str
+    names: dict[str, str]
+    a: float
+    b: float
+    low: float = math.nan
+    high: float = math.nan
+    interval: str = ""
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """Of B over A: clear is what the whole interval, and more than rounding, speaks for."""
+        if self.note:
+            return self.note
+        if self.names.get("estimator") == "random" or self.names.get("method", "").startswith("random_order"):
+            return BASELINE
+        if abs(self.b - self.a) <= ROUNDING * max(abs(self.a), abs(self.b)) + 1e-6:
+            return SAME
+        if math.isnan(self.low):
+            return "no interval"
+        return BETTER if self.low > 0 else WORSE if self.high < 0 else UNCLEAR
+
+
+@dataclass(frozen=True)
+class Side:
+    """The results of A or of B, with the names that they have in the comparison.
+
+    Args:
+        layers: rows of rho of each cell.
+        drawn: its resamples, where there are any.
+        runs: which run has it.
+        areas: of each curve, and the ends of its interval.
+        accuracies: by model and data, of the latest run that measured it, and on how many images.
+    """
+
+    layers: dict[Cell, pd.DataFrame]
+    drawn: dict[Cell, pd.DataFrame]
+    runs: dict[Cell, Run]
+    areas: dict[Cell, tuple[float, Ends]]
+    accuracies: dict[Cell, tuple[float, int]]
+
+
+def changes(a: Gathered, b: Gathered) -> list[Change]:
+    """Every change of ρ (all layers together, then each), area over the curve, and accuracy.
+
+    Where A has one model and B another, they are compared with each other, and so are data sets.
+    """
+    names = alignment(a, b)
+    sides = (_side(a, names[0]), _side(b, names[1]))
+    return [*_rho(*sides), *_areas(*sides), *_accuracies(*sides)]
+
+
+Alignment = dict[str, dict[str, str]]
+"""By column, what names are called in the comparison."""
+
+
+def alignment(a: Gathered, b: Gathered) -> tuple[Alignment, Alignment]:
+    """What models and data of A, and of B, are called: ``one → other`` where each has one, and not the same."""
+    names: tuple[Alignment, Alignment] = ({}, {})
+    for place, column in enumerate(("model", "data")):
+        mine, its = ({cell[place] for cell in [*side.cells, *side.curves]} for side in (a, b))
+        if len(mine) == len(its) == 1 and mine != its:
+            (one,), (other,) = mine, its
+            names[0][column], names[1][column] = {one: f"{one} → {other}"}, {other: f"{one} → {other}"}
+    return names
+
+
+def _side(found: Gathered, names: Alignment) -> Side:
+    def called(key: Any, columns: Sequence[str] = CELL) -> Cell:
+        return tuple(names.get(column, {}).get(value, value) for column, value in zip(columns, key, strict=True))
+
+    values, ends = areas(found.degradation), area_intervals(found.curves)
+    accuracies: dict[Cell, tuple[float, int]] = {}
+    for run in found.runs:
+        if "top1" in run.accuracy:
+            key = called((str(run.accuracy.get("model")), str(run.accuracy.get("data"))), CURVE[:2])
+            accuracies[key] = (float(run.accuracy["top1"]), int(run.accuracy["images"]))
+    return Side(
+        {called(cell): rows for cell, rows in found.rho.groupby(CELL, sort=False)},
+        {called(cell): rows for cell, rows in found.bootstrap.groupby(CELL, sort=False)},
+        {called(cell): run for cell, run in found.cells.items()},
+        {
+            called(curve, CURVE): (float(values[curve]), (ends[curve][0], ends[curve][1]) if curve in ends else UNKNOWN)
+            for curve in found.curves
+        },
+        accuracies,
+    )
+
+
+# --- rho ---
+
+
+def _rho(a: Side, b: Side) -> list[Change]:
+    wholes: dict[Cell, list[Cell]] = {}
+    for cell in dict.fromkeys([*a.layers, *b.layers]):
+        wholes.setdefault((*cell[:4], cell[5]), []).append(cell)
+    rank = {name: place for place, name in enumerate(ordered(whole[4] for whole in wholes))}
+    found = []
+    for (*panel, estimator), cells in sorted(wholes.items(), key=lambda whole: (whole[0][:4], rank[whole[0][4]])):
+        names = {**dict(zip(PANEL, panel, strict=True)), "estimator": estimator}
+        found.append(_rho_change({**names, "layer": ALL_LAYERS}, a, b, cells))
+        found += [_rho_change({**names, "layer": cell[4]}, a, b, [cell]) for cell in cells]
+    return found
+
+
+def _rho_change(names: dict[str, str], a: Side, b: Side, cells: Sequence[Cell]) -> Change:
+    """Of one layer, or of several together. The interval is over images where both sides drew them again, for then
+    patterns, v and ρ are computed anew for each draw; otherwise over neurons, as if those of the layer were drawn from
+    many like them, with the images as they are. Where both have the same neurons, they are compared one by one."""
+    mine, its = _live(a, cells), _live(b, cells)
+    for side, other in ((a, "A"), (b, "B")):
+        if not any(cell in side.layers for cell in cells):
+            return Change("rho", names, mine.mean(), its.mean(), note=f"missing in {other}")
+    if not (mine.count() and its.count()):
+        return Change("rho", names, mine.mean(), its.mean(), note="not defined")
+    paired = set(mine.index) == set(its.index)
+    both = mine.index[mine.notna()].intersection(its.index[its.notna()])
+    paired = paired and len(both) > 0
+    mine, its = (mine[both], its[both]) if paired else (mine.dropna(), its.dropna())
+    drawn = _drawn_again(a, cells), _drawn_again(b, cells)
+    if drawn[0] is not None and drawn[1] is not None:
+        same = _same_draws([side.runs[cell] for side in (a, b) for cell in cells if cell in side.runs])
+        ends, how = over_images(its.mean() - mine.mean(), drawn[0], drawn[1], same)
+    else:
+        ends = over_neurons(mine.to_numpy(), its.to_numpy(), paired)
+        how = f"neurons, {'paired' if paired else 'unpaired'} bootstrap"
+    return Change("rho", names, mine.mean(), its.mean(), *ends, how)
+
+
+def _live(side: Side, cells: Sequence[Cell]) -> pd.Series:
+    """rho by layer and neuron; NaN for dead ones."""
+    rows = [side.layers[cell] for cell in cells if cell in side.layers]
+    if not rows:
+        return pd.Series(dtype=float)
+    return pd.concat(rows).drop_duplicates(["layer", "neuron"]).set_index(["layer", "neuron"]).rho
+
+
+def over_neurons(a: np.ndarray, b: np.ndarray, paired: bool) -> Ends:
+    """Percentile bootstrap interval of ``mean(b) − mean(a)`` over neurons, (n,) each; those of a pair are drawn
+    together."""
+    draw = np.random.default_rng(0)
+    means = _resampled_means(b - a, draw) if paired else _resampled_means(b, draw) - _resampled_means(a, draw)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _resampled_means(values: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    at_once = max(1, 2**22 // len(values))
+    sizes = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
+    return np.concatenate([values[draw.integers(len(values), size=(n, len(values)))].mean(1) for n in sizes])
+
+
+def over_images(difference: float, a: np.ndarray, b: np.ndarray, same_draws: bool) -> tuple[Ends, str]:
+    """The interval ``difference ± t · standard error`` from means under resamples of the images, (resamples,) each.
+
+    Where both sides drew the same images, the error is the spread of the differences within a draw. Otherwise the two
+    are taken for independent, which is too wide where they share images. Student's t stands for how well so many
+    resamples know the error.
+    """
+    if same_draws and len(a) == len(b):
+        error, known = float((b - a).std(ddof=1)), len(a)
+    else:
+        error, known = float(np.hypot(a.std(ddof=1), b.std(ddof=1))), min(len(a), len(b))
+    reach = float(student.ppf(0.975, known - 1)) * error
+    how = f"images, {'paired' if same_draws and len(a) == len(b) else 'independent'} resamples"
+    return (difference - reach, difference + reach), how
+
+
+def _drawn_again(side: Side, cells: Sequence[Cell]) -> np.ndarray | None:
+    """Mean rho under each resample over the layers, each weighted with its live neurons, (resamples,); None where a
+    layer has fewer than two resamples, or others than the rest."""
+    columns: list[pd.Series] = []
+    weights = []
+    for cell in cells:
+        live = side.layers[cell].rho.count() if cell in side.layers else 0
+        if not live:
+            continue
+        if cell not in side.drawn:
+            return None
+        means = side.drawn[cell].drop_duplicates("resample").set_index("resample")["mean"].dropna()
+        if len(means) < 2 or (columns and not means.index.equals(columns[0].index)):
+            return None
+        columns.append(means)
+        weights.append(live)
+    return np.average([each.to_numpy() for each in columns], axis=0, weights=weights) if columns else None
+
+
+def _same_draws(runs: Sequence[Run]) -> bool:
+    """Whether all runs drew the same images of the same splits, going by their settings."""
+    drawn = [
+        {key: value for key, value in run.settings.items() if key.split(".")[0] == "data" or key in DRAWING}
+        for run in runs
+    ]
+    return all(drawn) and all(each == drawn[0] for each in drawn)
+
+
+# --- area over the curve, accuracy ---
+
+
+def _areas(a: Side, b: Side) -> list[Change]:
+    """Intervals of the two runs, put together as if they were independent: too wide where they share images."""
+    found = []
+    for curve in dict.fromkeys([*a.areas, *b.areas]):
+        (mine, my_ends), (its, its_ends) = (side.areas.get(curve, (math.nan, UNKNOWN)) for side in (a, b))
+        note = "missing in A" if curve not in a.areas else "missing in B" if curve not in b.areas else ""
+        ends = difference_interval(mine, my_ends, its, its_ends)
+        names = dict(zip(CURVE, curve, strict=True))
+        found.append(Change("area over the curve", names, mine, its, *ends, "images, independent", note))
+    return found
+
+
+def _accuracies(a: Side, b: Side) -> list[Change]:
+    found = []
+    for key in [key for key in a.accuracies if key in b.accuracies]:
+        (mine, n), (its, m) = a.accuracies[key], b.accuracies[key]
+        ends = difference_interval(mine, wilson(mine, n), its, wilson(its, m))
+        names = {"model": key[0], "data": key[1]}
+        found.append(Change("accuracy", names, mine, its, *ends, "images, independent"))
+    return found
+
+
+def difference_interval(a: float, a_ends: Ends, b: float, b_ends: Ends) -> Ends:
+    """The interval of ``b − a`` from those of two independent estimates (Zou and Donner 2008: the distances from each
+    estimate to its ends, added in squares)."""
+    low = b - a - math.hypot(b - b_ends[0], a_ends[1] - a)
+    high = b - a + math.hypot(b_ends[1] - b, a - a_ends[0])
+    return low, high
+
+
+def wilson(share: float, n: int) -> Ends:
+    """Wilson's 95 % interval of a share of ``n``."""
+    z = 1.959963984540054
+    middle, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
+
+
+# --- settings ---
+
+
+def changed_settings(a: Sequence[Run], b: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """Dotted keys that A and B give other values, with the values of each; versions of packages too."""
+    sides: list[dict[str, dict[str, None]]] = []
+    for runs in (a, b):
+        values: dict[str, dict[str, None]] = {}
+        for run in runs:
+            versions = {f"version of {name}": str(known) for name, known in run.summary.get("versions", {}).items()}
+            for key, value in {**run.settings, **versions}.items():
+                values.setdefault(key, {})[value] = None
+        sides.append(values)
+    keys = dict.fromkeys([*sides[0], *sides[1]])
+    pairs = [(key, *(", ".join(sorted(side.get(key, {}))) or "–" for side in sides)) for key in keys]
+    return [(key, mine, its) for key, mine, its in pairs if mine != its]
+
+
+def change_table(found: Sequence[Change]) -> pd.DataFrame:
+    """A row per change."""
+    rows = [
+        {
+            "quantity": change.quantity, **change.names, "a": change.a, "b": change.b,
+            "difference": change.b - change.a, "low": change.low, "high": change.high, "interval": change.interval,
+            "verdict": change.verdict,
+        }
+        for change in found
+    ]  # fmt: skip
+    columns = ["quantity", *NAMES, "a", "b", "difference", "low", "high", "interval", "verdict"]
+    return pd.DataFrame(rows, columns=columns)

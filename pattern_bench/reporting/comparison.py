@@ -1,0 +1,175 @@
+"""``report --compare A B``: writes what changed as Markdown, as CSV and as a page, and says it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from pattern_bench.files import write_file
+from pattern_bench.names import plain
+from pattern_bench.reporting.blocks import Field, Figure, Reproduction, Section, Table, number, numeral, words
+from pattern_bench.reporting.changes import (
+    ALL_LAYERS,
+    BETTER,
+    WORSE,
+    Change,
+    change_table,
+    changed_settings,
+    changes,
+)
+from pattern_bench.reporting.embedding import pictures
+from pattern_bench.reporting.gathering import Gathered
+from pattern_bench.reporting.plots import Value, dots
+from pattern_bench.reporting.sections import missing_tables
+from pattern_bench.results import ordered, write_csv
+from pattern_bench.styles import Style, estimator_colours
+
+COLUMNS = ["quantity", "of", "A", "B", "B − A", "95 % interval", "verdict"]
+HOW = (
+    "Larger is better: of ρ (1: the estimator found all of the signal), of the area over the degradation curve, and of "
+    "accuracy. A verdict is given where the whole 95 % interval of the difference speaks for it; of twenty that did "
+    "not change, about one gets a verdict by chance. Baselines, random directions and orders, show what changed "
+    "whatever the explanation: that predictions fall more easily, say."
+)
+INTERVALS = (
+    "Intervals over images (paired or independent resamples) tell whether the difference would stay with other images; "
+    "those over neurons, given where images were not drawn again in both, whether it would with other neurons like "
+    "these, for the same images. Intervals called independent are too wide where A and B share images."
+)
+
+
+def compare(a: Gathered, b: Gathered, output: Path) -> tuple[list[Change], list[tuple[str, str, str]]]:
+    """Every change and every setting that changed; writes ``compare.csv`` and ``compare.md`` into ``output``."""
+    found, settings = changes(a, b), changed_settings(a.runs, b.runs)
+    write_csv(output / "compare.csv", change_table(found))
+    text = "\n".join(markdown(found, settings))
+    write_file(output / "compare.md", lambda file: file.write_text(text + "\n"))
+    return found, settings
+
+
+def markdown(found: Sequence[Change], settings: Sequence[tuple[str, str, str]]) -> list[str]:
+    """The lines of ``compare.md``."""
+    rows = pd.DataFrame([line(change) for change in found], columns=COLUMNS)
+    lines = ["# What changed from A to B", "", HOW, "", INTERVALS, ""]
+    lines += [rows.to_markdown(index=False, disable_numparse=True), "", "## Settings", ""]
+    if settings:
+        lines.append(pd.DataFrame(settings, columns=["setting", "A", "B"]).to_markdown(index=False))
+    else:
+        lines.append("No setting differs.")
+    return lines
+
+
+def said(found: Sequence[Change], settings: Sequence[tuple[str, str, str]]) -> list[str]:
+    """What the terminal shows: settings, then the changes but for single layers, and how many of those are clear."""
+    lines = [f"{key}: {mine} → {its}" for key, mine, its in settings] or ["no setting differs"]
+    rows = pd.DataFrame([line(change) for change in found if is_whole(change)], columns=COLUMNS)
+    lines += ["", rows.to_markdown(index=False, disable_numparse=True, tablefmt="simple"), ""]
+    verdicts = [change.verdict for change in found if not is_whole(change)]
+    counted = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
+    return [*lines, f"single layers: {counted}"] if verdicts else lines
+
+
+def is_whole(change: Change) -> bool:
+    """Whether it is of no single layer."""
+    return change.names.get("layer", ALL_LAYERS) == ALL_LAYERS
+
+
+def line(change: Change) -> list[str]:
+    """A row of text, in the order of COLUMNS."""
+    values = ["–" if value != value else number(value, 4) for value in (change.a, change.b, change.b - change.a)]
+    return [change.quantity.replace("rho", "ρ"), of(change), *values, _interval(change), change.verdict]
+
+
+def of(change: Change) -> str:
+    """What it is of, in words."""
+    names = change.names
+    parts = [names["model"], names["data"], names.get("criterion", "")]
+    if names.get("probe", "closed_form") != "closed_form":
+        parts.append(names["probe"])
+    if names.get("estimator", "none") != "none":
+        parts.append(plain(names["estimator"]))
+    parts += [plain(names["method"])] if "method" in names else []
+    return ", ".join(part for part in [*parts, names.get("layer", "")] if part)
+
+
+def _interval(change: Change) -> str:
+    return "–" if change.low != change.low else f"{number(change.low, 4)} to {number(change.high, 4)}"
+
+
+# --- the page ---
+
+
+def comparison_sections(
+    a: Gathered, b: Gathered, found: Sequence[Change], settings: Sequence[tuple[str, str, str]], command: str
+) -> list[Section]:
+    """The page: what changed as a whole, by layer, in settings; pictures of both; what is missing in either."""
+    layers = [change for change in found if not is_whole(change)]
+    shown = [
+        Section("comparison", "What changed", (HOW, INTERVALS),
+                (_table("Changes", [c for c in found if is_whole(c)]),)),
+        Section("layers", "ρ by layer", figures=tuple(_figures(layers)), folded=(_table("Changes by layer", layers),)),
+        _settings(settings),
+    ]  # fmt: skip
+    for name, side in (("A", a), ("B", b)):
+        runs = list({id(run): run for run in [*side.cells.values(), *side.curves.values()]}.values())
+        if embedded := tuple(pictures(runs, side.pictures)):
+            shown.append(Section(f"pictures-{name}", f"Galleries of {name}", pictures=embedded))
+        if tables := tuple(missing_tables(side)):
+            shown.append(Section(f"missing-{name}", f"What is missing in {name}", tables=tables))
+    shown.append(Section("reproduce", "How to make it again", commands=(Reproduction("This page", [command]),)))
+    return shown
+
+
+def _table(caption: str, found: Sequence[Change]) -> Table:
+    columns = ["quantity", "of", "A", "B", "B − A", "95 % interval", "interval over", "verdict"]
+    kinds = {BETTER: "better", WORSE: "worse"}
+    rows = []
+    for change in found:
+        missing = "missing" if change.verdict.startswith("missing") else ""
+        rows.append(
+            [words(change.quantity.replace("rho", "ρ")), words(of(change)), numeral(change.a, 4), numeral(change.b, 4),
+             numeral(change.b - change.a, 4), Field(_interval(change), "number", change.low),
+             words(change.interval or "–"), Field(change.verdict, kinds.get(change.verdict, missing))]
+        )  # fmt: skip
+    return Table(caption, columns, rows, frozenset(range(2, 6)))
+
+
+def _settings(settings: Sequence[tuple[str, str, str]]) -> Section:
+    if not settings:
+        return Section("settings", "Settings", ("No setting differs.",))
+    rows = [[Field(key, "code"), words(mine), words(its)] for key, mine, its in settings]
+    return Section("settings", "Settings", tables=(Table("Settings that differ", ["setting", "A", "B"], rows),))
+
+
+def _figures(layers: Sequence[Change]) -> list[Figure]:
+    """Differences of mean ρ with their intervals, a figure per model, data, criterion and probe."""
+    panels: dict[tuple[str, ...], list[Change]] = {}
+    for change in layers:
+        if not change.note:
+            key = tuple(change.names[name] for name in ("model", "data", "criterion", "probe"))
+            panels.setdefault(key, []).append(change)
+    figures = []
+    for place, ((model, data, criterion, probe), found) in enumerate(panels.items()):
+        heading = f"{model} on {data}, criterion {criterion}" + ("" if probe == "closed_form" else f", probe {probe}")
+        names = list(dict.fromkeys(change.names["layer"] for change in found))
+        estimators = ordered(change.names["estimator"] for change in found)
+        colours = estimator_colours(estimators)
+        series = {
+            one: [_value(change, names) for change in found if change.names["estimator"] == one] for one in estimators
+        }
+        plot = dots(
+            f"change-{place}", f"Change of mean ρ by layer and estimator, {heading}", "layer", "mean ρ, B − A", names,
+            series, {one: Style(colours[one]) for one in estimators}, (-0.02, 0.02),
+        )  # fmt: skip
+        note = "Above 0, B is better. Bars are 95 % intervals."
+        figures.append(Figure(heading, plot, _table(f"Change of ρ, {heading}", found), note))
+    return figures
+
+
+def _value(change: Change, layers: list[str]) -> Value:
+    names, difference = change.names, change.b - change.a
+    text = f"{plain(names['estimator'])}, {names['layer']}: {number(difference, 4)} ({_interval(change)}), "
+    text += f"from {number(change.a, 4)} to {number(change.b, 4)}: {change.verdict}"
+    return Value(layers.index(names["layer"]), difference, change.low, change.high, float("nan"), text)

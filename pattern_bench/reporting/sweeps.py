@@ -1,0 +1,176 @@
+"""What Hydra wrote down beside the results: the command of a run, and the jobs that a sweep was to have."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pattern_bench.__main__ import CONF
+from pattern_bench.errors import UserError
+
+COMMANDS = {"pattern_bench": "summary.json", "gallery": "gallery.json", "sanity": "sanity.json"}
+"""By the name that Hydra knows each command under: the file that says that its run is complete."""
+WITH_PATTERNS = ("pattern_net", "pattern_attribution")
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError)
+"""What reading a damaged YAML file can raise."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A multirun folder.
+
+    Args:
+        folder: the folder.
+        kind: a key of COMMANDS.
+        arguments: the overrides as they were given, ranges and lists included.
+        jobs: the overrides of each of its jobs; None where another sweeper than Hydra's own chose them.
+    """
+
+    folder: Path
+    kind: str
+    arguments: tuple[str, ...]
+    jobs: tuple[tuple[str, ...], ...] | None
+
+
+def read_sweep(folder: Path) -> Sweep | None:
+    """The sweep of which ``folder`` holds the ``multirun.yaml``; None where it is another program's.
+
+    Raises:
+        UserError: where the file is damaged.
+    """
+    try:
+        node = read_yaml(folder / "multirun.yaml")["hydra"]
+        kind, sweeper, overrides = node["job"]["name"], node["sweeper"], node["overrides"]
+        if kind not in COMMANDS:
+            return None
+        task = [str(override) for override in overrides["task"]]
+        own = [str(override) for override in overrides["hydra"]]
+        # With these the sweep's command is started again, in its own folder.
+        outer = [text for text in own if not text.startswith(("hydra.mode=", "hydra.sweep.dir="))]
+        if sweeper["_target_"].rpartition(".")[2] != "BasicSweeper":
+            return Sweep(folder, kind, (*task, *outer), None)
+        params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+        return Sweep(folder, kind, (*task, *outer), _jobs([*params, *task]))
+    except (*UNREADABLE, HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"the sweep in {folder} is damaged (multirun.yaml: {_line(error)}): remove it") from error
+
+
+def _jobs(arguments: list[str]) -> tuple[tuple[str, ...], ...]:
+    """As Hydra's own sweeper splits them."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()  # for glob(), which asks which choices there are
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+        (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    return tuple(tuple(job) for job in batch)
+
+
+def read_overrides(folder: Path) -> tuple[str, ...] | None:
+    """The overrides of the run in ``folder``; None where Hydra did not start it.
+
+    Raises:
+        UserError: where the file is damaged.
+    """
+    file = folder / ".hydra" / "overrides.yaml"
+    if not file.is_file():
+        return None
+    try:
+        found = read_yaml(file)
+        if not isinstance(found, list):
+            raise ValueError("it is no list")
+        return tuple(str(override) for override in found)
+    except UNREADABLE as error:
+        raise UserError(f"the run in {folder} is damaged (.hydra/overrides.yaml: {_line(error)}): remove it") from error
+
+
+def kind_of_run(folder: Path) -> str | None:
+    """Which of COMMANDS started the run in ``folder``, complete or not; None where none of them did."""
+    try:
+        kind = read_yaml(folder / ".hydra" / "hydra.yaml")["hydra"]["job"]["name"]
+    except UNREADABLE:
+        return None
+    return kind if kind in COMMANDS else None
+
+
+def command_of(kind: str, arguments: Sequence[str], sweep: Path | None = None) -> str:
+    """The command line that runs ``arguments``; as the sweep in the folder ``sweep``, which runs what it lacks."""
+    module = "pattern_bench" if kind == "pattern_bench" else f"pattern_bench.{kind}"
+    if sweep is not None:
+        arguments = ["-m", *arguments, f"hydra.sweep.dir={_quoted(sweep)}"]
+    return shlex.join(["python", "-m", module, *arguments])
+
+
+def command_to_resume(kind: str, folder: Path) -> str:
+    """The command line that takes up the unfinished run in ``folder``."""
+    return command_of(kind, [f"resume={_quoted(folder)}"])
+
+
+def _quoted(folder: Path) -> str:
+    text = str(folder)
+    return text if all(c.isalnum() or c in "/._-" for c in text) else f"'{text}'"
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the results of a job are called; ``layer`` is the setting, and ``estimator`` that of its patterns."""
+
+    model: str
+    data: str
+    criterion: str
+    probes: tuple[str, ...]
+    layer: tuple[str, ...]
+    estimator: str
+    curve: tuple[str, str] | None
+    """Estimator and method of its degradation curve; None where only some layers are fitted."""
+
+
+def expected_names(overrides: Sequence[str]) -> Names | None:
+    """Of the job with these overrides, which is composed and not run, nor is anything imported that it names; None
+    where it cannot be composed."""
+    kept = [override for override in overrides if not override.lstrip("+~").startswith("hydra")]
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", kept, return_hydra_config=True)
+        chosen = cfg.hydra.runtime.choices
+        estimator, method = str(chosen.estimator), str(chosen.method)
+        layers = [str(layer) for layer in (cfg.layer if OmegaConf.is_list(cfg.layer) else [cfg.layer])]
+        probe = str(cfg.probe.name)
+        return Names(
+            str(cfg.model.name), str(cfg.data.name), str(cfg.criterion),
+            ("closed_form", "sgd") if probe == "both" else (probe,), tuple(layers), estimator,
+            _curve(cfg, estimator, method, layers),
+        )  # fmt: skip
+    except (*UNREADABLE, HydraException, OmegaConfBaseException):
+        return None
+
+
+def _curve(cfg: Any, estimator: str, method: str, layers: list[str]) -> tuple[str, str] | None:
+    if method in WITH_PATTERNS and layers != ["all"]:
+        return None
+    who = estimator if method in WITH_PATTERNS else "none"
+    if estimator == "x" and method == "pattern_attribution":
+        method = "lrp_z"
+    how: Mapping[str, Any] = cfg.degradation
+    differs = ["least relevant first"] if how["order"] == "least" else []
+    if how["replacement"] != "mean":
+        differs.append("blur" if how["replacement"] == "blur" else f"constant {how['value']:g}")
+    return who, ", ".join([method, *differs])
+
+
+def read_yaml(file: Path) -> Any:
+    return yaml.load(file.read_text(), Loader=yaml.CSafeLoader)
+
+
+def _line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -1,0 +1,33 @@
+"""The table of a sweep, in the terminal, when its jobs are through: Hydra calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from pattern_bench.errors import UserError
+
+
+class SweepTable(Callback):
+    """Shows what the jobs of a sweep found together: Fig. 3 as a table, and the area over the curve."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        if config.get("quiet"):
+            return
+        from rich.console import Console
+
+        from pattern_bench import terminal
+        from pattern_bench.reporting.gathering import gather
+
+        # The sweep is through, and what it was to have is composed once more.
+        GlobalHydra.instance().clear()
+        try:
+            found = gather([(folder, str(folder))])
+        except UserError:  # a sweep of galleries, or one without a complete job, whose errors are told
+            return
+        terminal.show_sweep(found.rho, found.missing_cells, found.degradation, Console(stderr=True))
