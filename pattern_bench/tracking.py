@@ -6,7 +6,6 @@ import functools
 import importlib
 import json
 import logging
-import netrc
 import os
 import re
 import shutil
@@ -248,7 +247,7 @@ class WandbTracker(Tracker):
         except (wandb.Error, ValueError) as error:
             raise _refused(settings, error) from error
         self.run._log_artifact = self._log_artifact  # tables are artifacts too
-        self.place = Path(self.run.sync_dir)
+        self.place = Path(self.run.dir).parent
         # Else W&B keeps what artifacts are made of in the user's home until it is uploaded.
         self.data_dir = os.environ.get("WANDB_DATA_DIR")
         os.environ["WANDB_DATA_DIR"] = self.data_dir or str(self.place)
@@ -375,11 +374,16 @@ def _server() -> ParseResult:
 
 
 def _has_key(server: ParseResult) -> bool:
-    return (
-        any(os.environ.get(f"WANDB_{name}") for name in ("API_KEY", "IDENTITY_TOKEN_FILE"))
-        # W&B looks for the port too, and asks for a key where it finds none.
-        or _in_netrc(server.netloc)
-    )
+    """Whether W&B will find a key, rather than ask for one."""
+    from wandb.errors import AuthenticationError
+    from wandb.sdk.lib.wbauth import read_netrc_auth
+
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    try:
+        return read_netrc_auth(host=server.geturl()) is not None
+    except AuthenticationError:  # W&B will say what is wrong with it
+        return True
 
 
 def reachable() -> bool:
@@ -405,15 +409,6 @@ def reachable() -> bool:
     if not answered.is_set():
         log.warning("W&B at %s does not answer: logging offline, into the run's folder", host)
     return answered.is_set()
-
-
-def _in_netrc(host: str) -> bool:
-    """Whether ``wandb login`` left a key for the host."""
-    try:
-        file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-        return netrc.netrc(file).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def download(project: str, into: Path) -> list[Path]:

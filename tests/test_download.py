@@ -126,7 +126,7 @@ def test_a_project_that_cannot_be_read_is_one_message(fetch, tmp_path, change, m
 @pytest.mark.parametrize(
     ("environment", "project", "message"),
     [
-        ({}, "lab/patterns", "needs a key for api.wandb.ai: run wandb login, or set WANDB_API_KEY"),
+        ({}, "lab/patterns", ": run wandb login, or set WANDB_API_KEY"),
         ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "lab/patterns", "127.0.0.1 does not answer"),
         ({}, "patterns", "patterns is no W&B project: give ENTITY/PROJECT"),
         ({}, "lab/patterns/runs/a", "is no W&B project: give ENTITY/PROJECT"),
