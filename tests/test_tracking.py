@@ -266,6 +266,27 @@ def test_the_run_is_named_and_configured(tracked):
     assert re.fullmatch("[a-z0-9]{8}", tracked.json("summary.json")["run_id"])
 
 
+def test_wandbs_own_reader_finds_the_same_in_the_file(synced, environment):
+    (file,) = (synced.folder / "wandb").glob("offline-run-*/*.wandb")
+    records = [
+        json.loads(line)
+        for line in call(["-m", "wandb", "leet", "inspect", "--json", file], environment, synced.folder).splitlines()
+        if line.startswith("{")
+    ]
+
+    def numbers(row):
+        return {key: value for key, value in row.items() if isinstance(value, int | float)}
+
+    read = [numbers(record["history"]["item"]) for record in records if record["type"] == "history"]
+    for sent in synced.run.history:
+        assert numbers(sent).items() <= read[sent["_step"]].items()
+    assert len(read) == len(synced.run.history)
+    artifacts = {record["artifact"]["name"] for record in records if record["type"] == "artifact"}
+    assert artifacts == {artifact.name for artifact in synced.server.artifacts.values()}
+    files = {file["path"] for record in records if record["type"] == "files" for file in record["files"]["files"]}
+    assert files >= {name for name in synced.run.files if name.startswith(("results/", "media/"))}
+
+
 def test_git_is_told_where_there_is_a_repository(synced, online):
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=synced.folder, capture_output=True, text=True, check=True)
     assert synced.run.told("commit") == head.stdout.strip()
