@@ -366,11 +366,13 @@ def _sweep_of(folder: Path) -> str | None:
 def _server() -> ParseResult:
     """The address of W&B's server: the environment's, or that which ``wandb login --host`` left."""
     import wandb
+    from pydantic import ValidationError
 
     try:
         return urlparse(wandb.setup(wandb.Settings(silent=True)).settings.base_url)
-    except ValueError as error:
-        raise UserError(f"W&B's settings are not possible ({' '.join(str(error).split())}): mend them") from error
+    except ValidationError as error:  # without the values: an address may hold a password
+        wrong = [f"WANDB_{'_'.join(map(str, each['loc'])).upper()} ({each['msg']})" for each in error.errors()]
+        raise UserError(f"not possible: {', '.join(wrong)}: mend it, or give logger=csv") from error
 
 
 def _has_key(server: ParseResult) -> bool:

@@ -583,6 +583,15 @@ def asked(monkeypatch, tmp_path):
     return tried
 
 
+def test_an_address_that_is_none_is_one_error_that_does_not_repeat_it(monkeypatch):
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_BASE_URL", f"user:{PASSWORD}@nowhere")
+    with pytest.raises(UserError, match="not possible: WANDB_BASE_URL") as caught:
+        tracking.reachable()
+    assert PASSWORD not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def reachable(monkeypatch):
     """Whether W&B is, where its server has this address."""
