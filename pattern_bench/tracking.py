@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -231,7 +232,7 @@ class WandbTracker(Tracker):
                 settings=wandb.Settings(
                     silent=True, console="off", x_disable_stats=True, init_timeout=INIT_SECONDS,
                     finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)),
-                    finish_timeout_raises=True,
+                    finish_timeout_raises=True, **_git_state(),
                 ),
             )  # fmt: skip
 
@@ -356,6 +357,23 @@ def _link(file: Path, to: Path) -> None:
         os.link(file, to)
     except OSError:
         shutil.copyfile(file, to)
+
+
+def _git_state() -> dict[str, Any]:
+    """W&B's settings where the repository's address has a user, whose name may be a token: W&B itself takes out no more
+    than the password, and looks for neither address nor commit where it is given one."""
+    try:
+        address = urlparse(_git("config", "--get", "remote.origin.url"))
+        if not address.username:
+            return {}
+        without = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
+        return {"git_remote_url": without, "git_commit": _git("rev-parse", "HEAD")}
+    except (OSError, ValueError):  # no git; no address
+        return {}
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()  # noqa: S603, S607
 
 
 def _sweep_of(folder: Path) -> str | None:

@@ -33,7 +33,7 @@ from pattern_bench.tracking import track
 
 FEW = ["data.limit=300", "model.training.epochs=4", "degradation.images=8"]
 JOB = [*FEW, "probe=both", "probe.steps=20", "bootstrap.resamples=2"]
-PASSWORD = "pass-word-of-the-remote"
+PASSWORD, TOKEN = "pass-word-of-the-remote", "token-for-a-user"
 TWO_PROCESSES = ["trainer=ddp_cpu", "trainer.devices=2"]
 
 
@@ -86,10 +86,10 @@ def sync(folder, environment, server):
 
 @pytest.fixture(scope="session")
 def synced(environment, tmp_path_factory):
-    """A run of two processes, offline, in a git repository whose remote has a password; sent by ``wandb sync``."""
+    """Two processes, offline, in a git repository whose remote has a token and a password; sent by ``wandb sync``."""
     work = tmp_path_factory.mktemp("repository")
     git = ["git", "-c", "user.name=n", "-c", "user.email=e@example.org"]
-    remote = f"https://user:{PASSWORD}@example.org/research.git"
+    remote = f"https://{TOKEN}:{PASSWORD}@example.org/research.git"
     for arguments in (["init", "-q"], ["remote", "add", "origin", remote], ["commit", "-qm", "x", "--allow-empty"]):
         subprocess.run([*git, *arguments], cwd=work, check=True)
     folder = work / "out"
@@ -300,10 +300,11 @@ def test_no_secret_is_written_or_sent(synced, online, environment):
     sent = [repr(vars(server)).encode() for server in (synced.server, online.server)]
     written = [file.read_bytes() for root in (synced.folder, online.folder, Path(environment["HOME"]))
                for file in root.rglob("*") if file.is_file()]  # fmt: skip
-    for secret in (PASSWORD.encode(), KEY.encode()):
+    for secret in (PASSWORD.encode(), TOKEN.encode(), KEY.encode()):
         assert not any(secret in content for content in written)
     for tracked, content in zip((synced, online), sent, strict=True):
         assert PASSWORD.encode() not in content
+        assert TOKEN.encode() not in content
         assert tracked.server.keys == {KEY}
 
 
