@@ -35,6 +35,7 @@ def make_trainer(settings: DictConfig, callbacks: list[pl.Callback], **more: Any
     Raises:
         UserError: where the settings are not possible on this machine.
     """
+    _quiet_lightning()
     given: Mapping[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
     own: dict[str, Any] = {"plugins": [_environment(), _WholeCheckpoints()], "strategy": "auto"}
     if number_from_outside() is not None:
@@ -87,7 +88,6 @@ def _environment() -> Any:
 @contextmanager
 def joined(settings: DictConfig) -> Iterator[None]:
     """Within, the processes of the job, where it has several, can reach each other."""
-    _quiet_lightning()
     trainer = make_trainer(settings, [])
     if number_from_outside() is None:
         yield

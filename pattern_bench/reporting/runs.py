@@ -26,7 +26,7 @@ TYPES: dict[str, Any] = {
 """Of the columns that are no names."""
 JOB = "pattern_bench"
 MOST_SETTINGS = 5000
-ELSEWHERE = ("cache", "logger", "checkpoint", "resume")
+ELSEWHERE = ("cache", "logger", "checkpoint", "resume", "quiet")
 """Groups of settings that say where a run keeps things, and change no result."""
 
 
