@@ -36,6 +36,8 @@ ROUND = 100
 """Batches, at most, after which descent looks at its loss and keeps its state."""
 AGREEMENT = 0.02
 """A difference in ρ that no figure shows."""
+DESCENT_VERSION = 2
+"""Of what a descent keeps; another's is begun again."""
 Tell = Callable[[int, dict[str, float]], None]
 
 
@@ -120,13 +122,13 @@ def _layer_rho_on(
 
 
 def descent(
-    setup: Setup, patterns: Mapping[str, Pattern], fit_bar: Bar, tell: Tell
+    setup: Setup, patterns: Mapping[str, Pattern], fit_bar: Bar, tell: Tell, listened: bool
 ) -> tuple[dict[str, Reader], dict[str, Any], Met]:
     """Readers of the selected layers, fitted on the probe split; what the descent took; what it met.
 
     The readers of the round with the lowest loss are kept in the run's ``checkpoints``, and are those returned. Every
     round's number is told as soon as it is over, with its ``loss``, and the ``rho`` of some validation images;
-    those of an interrupted run again, at once.
+    those of an interrupted run again, at once. That ρ is NaN, and costs nothing, unless somebody ``listened``.
     """
     cfg, split = setup.cfg.probe, setup.splits["probe"]
     layers: dict[str, Any] = {layer: setup.model.get_submodule(layer) for layer in patterns}
@@ -137,7 +139,8 @@ def descent(
     setup.model.to(setup.device)
     used = {f"{layer}/{part}": tensor for layer, p in patterns.items() for part, tensor in vars(p).items()}
     parts = {
-        "model": setup.model_key, "images": split.fingerprint, "patterns": checksum(used, {}), "seed": setup.cfg.seed,
+        "version": DESCENT_VERSION, "model": setup.model_key, "images": split.fingerprint,
+        "patterns": checksum(used, {}), "seed": setup.cfg.seed,
         "criterion": setup.cfg.criterion, "probe": dict(cfg), "batch_size": setup.source.batch_size,
     }  # fmt: skip
     partial = setup.partial("readers", **parts)
@@ -157,7 +160,12 @@ def descent(
     # Last, so that it holds what the others have come to.
     every_round, last = checkpoint(setup.folder, f"readers-{partial.key}")
     trainer = setup.trainer(
-        fit_bar, _Telling(module, tell, _held_out(setup, module, patterns)), best, patience, every_round, max_epochs=-1
+        fit_bar,
+        _Telling(module, tell, _held_out(setup, module, patterns, listened)),
+        best,
+        patience,
+        every_round,
+        max_epochs=-1,
     )
     loader = split.shuffled(batches, setup.source.workers)
     if not fits(lambda: trainer.fit(module, loader, ckpt_path=last, weights_only=True)):
@@ -189,16 +197,18 @@ class _Telling(pl.Callback):
         self.tell(len(self.module.rounds) - 1, self.module.rounds[-1])
 
 
-def _held_out(setup: Setup, module: ReaderDescent, patterns: Mapping[str, Pattern]) -> Callable[[], float]:
+def _held_out(
+    setup: Setup, module: ReaderDescent, patterns: Mapping[str, Pattern], listened: bool
+) -> Callable[[], float]:
     """What measures the mean ρ of the live neurons, as the readers are now, on the first validation images: a batch at
     most, and few beside those of a round, since it is measured after every round.
 
     The loss has the regularisation in it, and is of the images that the readers are fitted on. This can be compared
-    between runs with another one. It is NaN in all processes but the first, and where no image can be read.
+    between runs with another one. It is NaN where nobody listened, and where no image can be read.
     """
     split = setup.splits["validation"]
     few = max(32, len(setup.splits["probe"]) // 10)
-    images = split.batch(range(min(few, setup.source.batch_size, len(split)))).images if ranks.first() else None
+    images = split.batch(range(min(few, setup.source.batch_size, len(split)))).images if listened else None
     readers: dict[str, Any] = dict(zip(module.names, module.readers, strict=True))
 
     def measure() -> float:

@@ -126,7 +126,7 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
         if "sgd" in criterion.probes(setup):
             with shown.run("fit_readers", "fit v on the second half by descent") as bar:
                 tell = functools.partial(record.curve, "descent")
-                readers, how["descent"], met = criterion.descent(setup, patterns, bar, tell)
+                readers, how["descent"], met = criterion.descent(setup, patterns, bar, tell, record.listened)
             meet(met)
             with shown.run("read", "ρ(S) of every neuron, by descent") as bar:
                 table, met = criterion.measure_readers(setup, patterns, readers, bar)

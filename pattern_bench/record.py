@@ -59,6 +59,11 @@ class Record:
         if self.tracker is not None and draw(self.folder / file) is not False:
             self.tracker.image(name, self._file(file), caption)
 
+    @property
+    def listened(self) -> bool:
+        """Whether what is told of a stage while it runs goes anywhere."""
+        return self.tracker is not None and self.tracker.listens
+
     def metrics(self, values: Mapping[str, float]) -> None:
         if self.tracker is not None:
             self.tracker.metrics(values)

@@ -39,6 +39,8 @@ RESULTS = "results"
 class Tracker:
     """Where the results of a run are logged; here, nowhere (``logger=none``)."""
 
+    listens = False
+
     def metrics(self, values: Mapping[str, float]) -> None:
         """Numbers by name."""
 
@@ -164,7 +166,7 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
 class LightningTracker(Tracker):
     """Numbers, and pictures where there is TensorBoard, in one of Lightning's loggers."""
 
-    failed = False
+    listens, failed = True, False
 
     def __init__(self, logger: Logger, config: dict[str, Any]) -> None:
         self.logger = logger
@@ -198,7 +200,7 @@ class WandbTracker(Tracker):
     what an attempt offline left is replaced.
     """
 
-    failed = False
+    listens, failed = True, False
 
     def __init__(
         self,
