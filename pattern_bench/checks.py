@@ -35,6 +35,7 @@ from pattern_bench.core.network import collecting
 from pattern_bench.core.sanity import convergence, similarities
 from pattern_bench.data.splits import Split
 from pattern_bench.errors import UserError
+from pattern_bench.halving import enough_memory
 from pattern_bench.methods.base import Method, kind_of
 from pattern_bench.methods.patterns import LrpZ
 from pattern_bench.preparation import Setup, prepare
@@ -62,6 +63,7 @@ def check_overrides(overrides: Iterable[str]) -> None:
     refuse_unused(overrides, "the sanity checks")
 
 
+@enough_memory()
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Runs both checks, writes their files into ``folder``, and returns the summary.
 

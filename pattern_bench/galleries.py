@@ -34,6 +34,7 @@ from pattern_bench.core.sanity import unit_scale
 from pattern_bench.data.splits import Unreadable
 from pattern_bench.errors import UserError
 from pattern_bench.figures import Panel
+from pattern_bench.halving import enough_memory
 from pattern_bench.methods.base import kind_of
 from pattern_bench.methods.patterns import LrpZ
 from pattern_bench.names import plain
@@ -75,6 +76,7 @@ def check_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
     refuse_unused(overrides, f"figure={cfg.figure}", unused)
 
 
+@enough_memory()
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Draws one figure into ``folder``, and returns what is shown.
 

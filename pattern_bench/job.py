@@ -23,6 +23,7 @@ from pattern_bench.trainer import joined
 SUMMARY = "summary.json"
 
 
+@enough_memory()
 def run(cfg: DictConfig, folder: Path) -> None:
     """Runs every stage, and writes each stage's files as soon as they are known. A run that was interrupted goes on
     where it was; one that is complete is left alone.
@@ -30,7 +31,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     Raises:
         UserError: for what the user can mend.
     """
-    with enough_memory(), joined(cfg.trainer):
+    with joined(cfg.trainer):
         shown = Stages(cfg.quiet)
         folder = Path(ranks.text_from_any(str(folder) if ranks.first() else ""))
         if is_complete(cfg, folder, SUMMARY):
