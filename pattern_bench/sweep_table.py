@@ -21,7 +21,7 @@ class SweepTable(Callback):
             return
         from rich.console import Console
 
-        from pattern_bench import terminal
+        from pattern_bench.reporting import console, tables
         from pattern_bench.reporting.gathering import gather
 
         # The sweep is through, and what it was to have is composed once more.
@@ -30,4 +30,5 @@ class SweepTable(Callback):
             found = gather([(folder, str(folder))])
         except UserError:  # a sweep of galleries, or one without a complete job, whose errors are told
             return
-        terminal.show_sweep(found.rho, found.missing_cells, found.degradation, Console(stderr=True))
+        rho = tables.rho_table(found.rho, found.bootstrap, found.missing_cells)
+        console.show(rho, tables.areas(found.degradation), found.missing_curves, Console(stderr=True))

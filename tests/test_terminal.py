@@ -12,6 +12,8 @@ from rich.console import Console
 
 from pattern_bench import terminal
 from pattern_bench.progress import Stages
+from pattern_bench.reporting import tables
+from pattern_bench.reporting.console import show as show_report
 
 SMALL = ["data.limit=300", "model.training.epochs=2", "degradation.images=6", "explanation.images=2"]
 
@@ -124,12 +126,15 @@ def test_a_sweeps_table_has_every_cell_and_says_which_are_missing():
          "probability_mean": [1.0, 0.5, 0.3]}
     )  # fmt: skip
     console = Console(file=io.StringIO(), width=100)
-    terminal.show_sweep(pd.DataFrame(rows).astype({"rho": float}), missing, curves, console)
+    rho = pd.DataFrame(rows).astype({"rho": float}).assign(dead=False)
+    table = tables.rho_table(rho, pd.DataFrame(), missing)
+    show_report(table, tables.areas(curves), [("m", "d", "w", "pattern_net")], console)
     lines = [line.split() for line in console.file.getvalue().splitlines() if line.strip()]
     assert ["layer", "S_x", "S_w", "S_a"] in lines
     assert ["conv1", "–", "missing", "0.800"] in lines
     assert ["conv2", "–", "missing"] in lines
     assert ["m", "d", "PatternNet,", "S_a", "0.400"] in lines
+    assert ["m", "d", "PatternNet,", "S_w", "missing"] in lines
 
 
 def test_a_sweep_ends_with_its_table(command):
