@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar
 
 import safetensors
 from torch import Tensor
@@ -21,6 +20,24 @@ GUESSED_RATE = 2e8
 """Bytes per second that a disk is taken to write before it has been timed."""
 
 
+_full: set[Path] = set()
+"""Folders of which it was said that they cannot be written."""
+
+
+def keep(path: Path, write: Callable[[], object]) -> bool:
+    """Lets ``write`` make a file of an unfinished stage, and says whether it did. A disk that is full costs the file,
+    not the job, and is said once of its folder."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write()
+        return True
+    except OSError as error:
+        if path.parent not in _full:
+            log.warning("%s cannot be written (%s): going on without it", path, error.strerror or error)
+        _full.add(path.parent)
+        return False
+
+
 class Partial:
     """One process's state of one stage, a file that is whole or not there.
 
@@ -30,9 +47,6 @@ class Partial:
         key: of everything that the state depends on; a state with another key is not taken up.
         seconds: between two states, unless they would take more than ``SHARE`` of the time; 0 keeps every one.
     """
-
-    full: ClassVar[set[Path]] = set()
-    """Folders of which it was said that they cannot be written."""
 
     def __init__(self, folder: Path, stage: str, key: str, seconds: float) -> None:
         self.path = folder / "partial" / f"{stage}-{ranks.rank()}-of-{ranks.size()}.safetensors"
@@ -64,16 +78,10 @@ class Partial:
         self.save(tensors, images)
 
     def save(self, state: Mapping[str, Tensor], images: int) -> None:
-        """Keeps the state after so many images. A disk that is full costs the state, not the job, and is said once."""
+        """Keeps the state after so many images, see :func:`keep`."""
         start = time.monotonic()
-        try:
-            self.path.parent.mkdir(exist_ok=True)
-            write_tensors(self.path, state, {"key": self.key, "images": str(images)})
-        except OSError as error:
-            if self.path.parent not in self.full:
-                why = error.strerror or error
-                log.warning("%s cannot be written (%s): going on without it", self.path, why)
-            self.full.add(self.path.parent)
+        metadata = {"key": self.key, "images": str(images)}
+        if not keep(self.path, lambda: write_tensors(self.path, state, metadata)):
             self.seconds = float("inf")
         self.last = time.monotonic()
         self.cost = self.last - start

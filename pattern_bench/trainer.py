@@ -22,9 +22,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from pattern_bench.errors import UserError
 from pattern_bench.launch import number_from_outside
+from pattern_bench.partial import keep
 from pattern_bench.writing import write_file
-
-log = logging.getLogger(__name__)
 
 LONGEST_WAIT = timedelta(days=7)
 """For the first process, which alone trains models and solves for ρ. One that died is noticed by the launcher."""
@@ -61,19 +60,11 @@ class _WholeCheckpoints(TorchCheckpointIO):
     """Lightning writes elsewhere and moves, which on a full disk leaves half a checkpoint and ends training. Here it is
     whole or the one before, and a disk without room for it costs the checkpoint, not the training."""
 
-    full = False
-
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         content = io.BytesIO()
         torch.save(checkpoint, content)
         file = Path(path)
-        try:
-            file.parent.mkdir(exist_ok=True)
-            write_file(file, lambda part: part.write_bytes(content.getbuffer()))
-        except OSError as error:
-            if not self.full:
-                log.warning("%s cannot be written (%s): going on without it", file, error.strerror or error)
-            self.full = True
+        keep(file, lambda: write_file(file, lambda part: part.write_bytes(content.getbuffer())))
 
 
 def _environment() -> Any:
