@@ -214,7 +214,7 @@ def test_training_takes_batch_norms_statistics_and_drops_out(configure, tmp_path
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 8), drop, nn.ReLU(), nn.Linear(8, 10)
     )
-    monkeypatch.setattr(small.SmallVGG, "module", lambda *_: net)
+    monkeypatch.setattr(small.VGG, "module", lambda *_: net)
     dropped = []
     drop.register_forward_hook(lambda module, given, out: dropped.append(bool((out == 0).any())))
     # 81 images in batches of 20: the last has one image.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,21 +13,43 @@ from pattern_bench.errors import UserError
 from pattern_bench.models.source import ModelSource
 
 
-class SmallVGG(ModelSource):
-    """VGG in small: conv-ReLU twice, max-pool, the same again with twice the channels, and two dense layers.
+class VGG(ModelSource):
+    """A VGG of any size: blocks of 3×3 convolutions with ReLU, each closed by a 2×2 max-pool, then dense layers.
 
     Args:
-        width: channels of the first block; the dense layer has four times as many neurons.
+        width: channels of the first block; every block has twice the channels of the one before.
+        blocks: convolutions of each block.
+        dense: neurons of each hidden dense layer; the last layer has one per class.
+        batch_norm: whether each convolution is followed by batch norm.
+        dropout: probability that a neuron of a hidden dense layer is dropped in training.
     """
 
-    def __init__(self, *, width: int, **common: Any) -> None:
+    def __init__(
+        self,
+        *,
+        width: int,
+        blocks: Sequence[int],
+        dense: Sequence[int],
+        batch_norm: bool,
+        dropout: float,
+        **common: Any,
+    ) -> None:
         super().__init__(**common)
-        self.width = width
+        self.width, self.blocks, self.dense, self.batch_norm = width, list(blocks), list(dense), batch_norm
+        self.dropout = dropout
+        for setting, sizes in (("width", [width]), ("blocks", self.blocks), ("dense", self.dense)):
+            if not all(isinstance(size, int) and size > 0 for size in sizes):
+                raise UserError(
+                    f"model.{setting}={getattr(self, setting)} is not possible: give whole numbers of at least 1"
+                )
+        if not 0 <= dropout < 1:
+            raise UserError(f"model.dropout={dropout} is not possible: give a probability below 1, 0 for none")
 
     def module(self, sample: Tensor, classes: int | None) -> nn.Module:
-        if sample.ndim != 3 or min(sample.shape[1:]) < 4:
+        least = 2 ** len(self.blocks)
+        if sample.ndim != 3 or min(sample.shape[1:]) < least:
             raise UserError(
-                f"model={self.name} takes images of at least 4×4 pixels, and the data have shape "
+                f"model={self.name} takes images of at least {least}×{least} pixels, and the data have shape "
                 f"{tuple(sample.shape)}: choose other data, or model=linear"
             )
         if classes is None:
@@ -34,23 +57,25 @@ class SmallVGG(ModelSource):
                 f"model={self.name} is trained on class labels, and the data have none: give labelled data "
                 "(one subfolder per class), or a model with weights"
             )
-        channels, w = sample.shape[0], self.width
-
-        def block(before: int, after: int) -> list[nn.Module]:
-            return [
-                nn.Conv2d(before, after, 3, padding=1),
-                nn.ReLU(inplace=True),
-                nn.Conv2d(after, after, 3, padding=1),
-                nn.ReLU(inplace=True),
-                nn.MaxPool2d(2),
-            ]
-
-        features = nn.Sequential(*block(channels, w), *block(w, 2 * w))
-        flat = 2 * w * (sample.shape[1] // 4) * (sample.shape[2] // 4)
-        classifier = nn.Sequential(
-            nn.Flatten(), nn.Linear(flat, 4 * w), nn.ReLU(inplace=True), nn.Linear(4 * w, classes)
-        )
-        return nn.Sequential(OrderedDict(features=features, classifier=classifier))
+        features: list[nn.Module] = []
+        channels, width = sample.shape[0], self.width
+        for convolutions in self.blocks:
+            for _ in range(convolutions):
+                features.append(nn.Conv2d(channels, width, 3, padding=1))
+                features += [nn.BatchNorm2d(width)] if self.batch_norm else []
+                features.append(nn.ReLU(inplace=True))
+                channels = width
+            features.append(nn.MaxPool2d(2))
+            width *= 2
+        classifier: list[nn.Module] = [nn.Flatten()]
+        inputs = channels * (sample.shape[1] // least) * (sample.shape[2] // least)
+        for neurons in self.dense:
+            classifier += [nn.Linear(inputs, neurons), nn.ReLU(inplace=True)]
+            classifier += [nn.Dropout(self.dropout)] if self.dropout else []
+            inputs = neurons
+        classifier.append(nn.Linear(inputs, classes))
+        parts = OrderedDict(features=nn.Sequential(*features), classifier=nn.Sequential(*classifier))
+        return nn.Sequential(parts)
 
 
 class LinearModel(ModelSource):

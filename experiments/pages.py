@@ -1,0 +1,34 @@
+"""What the experiments' pages have in common: results stand between marks, and the commands write them there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+
+def write_block(page: Path, name: str, text: str) -> None:
+    """Puts ``text`` between ``<!-- name -->`` and ``<!-- /name -->`` in a Markdown file.
+
+    Raises:
+        SystemExit: where the file lacks the marks.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    content = page.read_text()
+    if content.count(start) != 1 or content.count(end) != 1:
+        raise SystemExit(f"{page} lacks the marks {start} and {end}, once each: put them where the results belong")
+    block = f"{start}\n{text.strip()}\n{end}"
+    page.write_text(re.sub(f"{re.escape(start)}.*{re.escape(end)}", lambda _: block, content, flags=re.DOTALL))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table, as Markdown: cells as they are, numbers should be text already."""
+    return str(table.to_markdown(index=False, disable_numparse=True))
+
+
+def with_error(value: float, error: float, digits: int = 2) -> str:
+    """``0.94 ± 0.01``; a dash where there is no value."""
+    if pd.isna(value):
+        return "–"
+    return f"{value:.{digits}f}" if pd.isna(error) else f"{value:.{digits}f} ± {error:.{digits}f}"
