@@ -74,7 +74,7 @@ class VGG(ModelSource):
             classifier += [nn.Dropout(self.dropout)] if self.dropout else []
             inputs = neurons
         classifier.append(nn.Linear(inputs, classes))
-        parts = OrderedDict(features=nn.Sequential(*features), classifier=nn.Sequential(*classifier))
+        parts: OrderedDict[str, nn.Module] = OrderedDict(features=nn.Sequential(*features), classifier=nn.Sequential(*classifier))
         return nn.Sequential(parts)
 
 
