@@ -120,7 +120,7 @@ def _checks(
     patterns: dict[str, Pattern] = {}
     if needed:
         with shown.run("fit_patterns", "fit patterns on the first half") as bar:
-            moments, _ = fitting.collect(setup, "fit", False, bar)
+            moments, _ = fitting.collect(setup, "fit", fitting.all_samples(setup, gram=False), bar)
             patterns = fitting.fit_patterns(setup, moments)
     setup.model.to(setup.device)
     images = images.to(setup.device)

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from pattern_bench import ranks
 from pattern_bench.core.estimators import Pattern
+from pattern_bench.core.firing import FiringMoments, firing_rho
 from pattern_bench.core.memory import fits
 from pattern_bench.core.moments import Moments
 from pattern_bench.core.network import collecting
-from pattern_bench.core.quality import Probe, Target, rho
+from pattern_bench.core.quality import CLOSED_FORM, Probe, Target, rho
 from pattern_bench.core.reading import Correlation, Reader
 from pattern_bench.data.splits import GlobalBatches
 from pattern_bench.errors import UserError
 from pattern_bench.files import checksum
-from pattern_bench.fitting import SplitMoments, fit_pattern
+from pattern_bench.fitting import M, SplitMoments, Sums, all_samples, fit_pattern, measured, where_firing
 from pattern_bench.learning import ReaderDescent
 from pattern_bench.passes import Met, met, stream_over
 from pattern_bench.preparation import Setup, checkpoint
@@ -66,27 +67,37 @@ def missing_rho(setup: Setup) -> pd.DataFrame:
 # --- closed form ---
 
 
+def sums(setup: Setup) -> Sums:
+    """What the closed form needs of a split."""
+    return all_samples(setup, gram=True) if setup.cfg.criterion in CLOSED_FORM else where_firing(setup)
+
+
 def closed_form(
     setup: Setup,
     patterns: Mapping[str, Pattern],
-    probe: Mapping[str, Moments],
-    test: Mapping[str, Moments],
+    probe: SplitMoments,
+    test: SplitMoments,
     bar: Bar,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    """rho of every neuron, and the regularisation that each layer needed; in the first process, where moments are."""
+    """rho of every neuron, under ``positive`` of the measured ones, and the regularisation that each layer needed; in
+    the first process, where moments are."""
     tables, regularisation = [], {}
     if not ranks.first():
         return pd.DataFrame(columns=list(RHO_COLUMNS)), {}
     bar.start(len(patterns))
     for layer, pattern in patterns.items():
         values, regularisation[layer] = _layer_rho(setup, layer, pattern, probe[layer], test[layer])
-        tables.append(_rows(setup, layer, values, pattern.dead, "closed_form"))
+        rows = _rows(setup, layer, values, pattern.dead, "closed_form")
+        if setup.cfg.criterion not in CLOSED_FORM:
+            rows = rows.iloc[measured(setup, layer).numpy()]
+        tables.append(rows)
         bar.advance(detail=layer)
     return pd.concat(tables, ignore_index=True), regularisation
 
 
-def _layer_rho(setup: Setup, layer: str, pattern: Pattern, probe: Moments, test: Moments) -> tuple[Tensor, float]:
-    """rho (N,) and the regularisation, computed on the device, or on the CPU where Gram matrices find no room there."""
+def _layer_rho(setup: Setup, layer: str, pattern: Pattern, probe: M, test: M) -> tuple[Tensor, float]:
+    """rho (N,), NaN for those not measured, and the regularisation, computed on the device, or on the CPU where Gram
+    matrices find no room there."""
     found: list[tuple[Tensor, float]] = []
 
     def compute(device: torch.device) -> None:
@@ -97,21 +108,28 @@ def _layer_rho(setup: Setup, layer: str, pattern: Pattern, probe: Moments, test:
             return found[0]
         log.warning("out of memory with ρ of layer %s on %s", layer, device)
     raise UserError(
-        f"the memory is too small for ρ of layer {layer}, whose Gram matrix has {probe.x.shape[1]} columns: leave it "
-        "out (layer), or give probe=sgd"
+        f"the memory is too small for ρ of layer {layer}, whose Gram matrix has {pattern.positive.shape[1]} columns: "
+        "leave it out (layer), or give probe=sgd"
     )
 
 
 def _layer_rho_on(
-    device: torch.device, setup: Setup, layer: str, pattern: Pattern, probe: Moments, test: Moments
+    device: torch.device, setup: Setup, layer: str, pattern: Pattern, probe: M, test: M
 ) -> tuple[Tensor, float]:
     here = Pattern(*(tensor.to(device) for tensor in vars(pattern).values()))
-    bias: Any = setup.model.get_submodule(layer).bias
-    target = Target(setup.cfg.criterion, None if bias is None else bias.double().to(device))
+    ridge = setup.cfg.probe.regularisation
     try:
-        fitted = Probe(probe.to(device), setup.cfg.probe.regularisation, setup.memory)
+        if isinstance(probe, FiringMoments):
+            neurons = measured(setup, layer).to(device)
+            some = Pattern(*(tensor[neurons] for tensor in vars(here).values()))
+            weight = setup.weight(layer).to(device)[neurons]
+            found, used = firing_rho(probe.to(device), test.to(device), weight, some, ridge, setup.memory)
+            return weight.new_full((len(here.dead),), torch.nan).index_copy(0, neurons, found), used
+        fitted = Probe(probe.to(device), ridge, setup.memory)
     except ValueError as error:
         raise UserError(f"rho of layer {layer}: {error}") from error
+    bias: Any = setup.model.get_submodule(layer).bias
+    target = Target(setup.cfg.criterion, None if bias is None else bias.double().to(device))
     direction = fitted.direction(here, target)
     regularisation = fitted.regularisation
     del fitted  # its factor is as large as the Gram matrix that comes next
@@ -288,7 +306,9 @@ def difference(rho: pd.DataFrame) -> dict[str, Any]:
 # --- uncertainty ---
 
 
-def bootstrap(setup: Setup, fit: SplitMoments, probe: SplitMoments, test: SplitMoments, bar: Bar) -> pd.DataFrame:
+def bootstrap(
+    setup: Setup, fit: SplitMoments[Moments], probe: SplitMoments, test: SplitMoments, bar: Bar
+) -> pd.DataFrame:
     """Mean and median of rho over live neurons, by layer, with the images of every split drawn again in chunks; in the
     first process, which has the moments.
 
@@ -324,7 +344,7 @@ def bootstrap(setup: Setup, fit: SplitMoments, probe: SplitMoments, test: SplitM
     return pd.DataFrame(rows, columns=list(BOOTSTRAP_COLUMNS))
 
 
-def _drawn(chunks: list[Moments], generator: torch.Generator) -> Moments:
+def _drawn(chunks: list[M], generator: torch.Generator) -> M:
     """The sum of as many chunks, drawn with replacement."""
     counts = torch.randint(len(chunks), (len(chunks),), generator=generator).bincount(minlength=len(chunks))
     kept = [sums.times(count) for sums, count in zip(chunks, counts.tolist(), strict=True) if count]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,37 +15,81 @@ from torch import Tensor
 from pattern_bench import ranks
 from pattern_bench.cache import key_of
 from pattern_bench.core.estimators import Pattern
+from pattern_bench.core.firing import FiringMoments, draw_neurons
 from pattern_bench.core.moments import Moments
 from pattern_bench.data.splits import Split
 from pattern_bench.errors import UserError
 from pattern_bench.passes import Met, met, stream_over
 from pattern_bench.preparation import Setup
 from pattern_bench.progress import Bar
-from pattern_bench.streams import MomentStream
+from pattern_bench.streams import FiringStream, MomentStream, WatchingStream
 
 MOMENTS_VERSION = 2
 
 
-class SplitMoments(Mapping[str, Moments]):
+M = TypeVar("M", Moments, FiringMoments)
+
+
+@dataclass(frozen=True)
+class Sums(Generic[M]):
+    """What a pass adds up: its part of the cache's keys, how an entry is read, and the stream for some layers."""
+
+    key: dict[str, Any]
+    read: Callable[[Mapping[str, Tensor]], M]
+    stream: Callable[[list[str]], WatchingStream]
+
+
+def all_samples(setup: Setup, gram: bool) -> Sums[Moments]:
+    """Moments of every neuron over all samples; ρ needs them with the Gram matrix, patterns without."""
+
+    def stream(layers: list[str]) -> WatchingStream:
+        seeds = {layer: setup.seed(layer) for layer in layers}
+        return MomentStream(setup.model, layers, gram, setup.memory, setup.cfg.moments.positions, seeds)
+
+    return Sums({"gram": gram}, Moments.from_tensors, stream)
+
+
+def where_firing(setup: Setup) -> Sums[FiringMoments]:
+    """Moments of the layers' :func:`measured` neurons over the samples where each fires."""
+
+    def stream(layers: list[str]) -> WatchingStream:
+        seeds = {layer: setup.seed(layer) for layer in layers}
+        neurons = {layer: measured(setup, layer) for layer in layers}
+        return FiringStream(setup.model, neurons, setup.memory, setup.cfg.moments.positions, seeds)
+
+    key = {"firing": setup.cfg.probe.neurons, "seed": setup.cfg.seed}
+    return Sums(key, FiringMoments.from_tensors, stream)
+
+
+def measured(setup: Setup, layer: str) -> Tensor:
+    """The neurons (K,) whose ρ is measured in closed form where they fire: each has a Gram matrix of its own."""
+    generator = torch.Generator().manual_seed(setup.seed(f"{layer} firing"))
+    return draw_neurons(len(setup.weight(layer)), setup.cfg.probe.neurons, generator)
+
+
+class SplitMoments(Mapping[str, M]):
     """Moments of a split by layer, in the first process: read from the cache when they are asked for, one layer at a
     time, since a Gram matrix can have gigabytes. Only what the cache did not take is in memory.
 
     Args:
         setup: see there.
+        sums: what they are.
         pieces: of the split; by layer, each piece's moments, or the name of their entry in the cache.
     """
 
-    def __init__(self, setup: Setup, pieces: list[dict[str, Moments | str]]) -> None:
-        self.setup, self._pieces = setup, pieces
+    def __init__(self, setup: Setup, sums: Sums[M], pieces: list[dict[str, M | str]]) -> None:
+        self.setup = setup
+        self.sums: Sums[M] = sums
+        self._pieces: list[dict[str, M | str]] = pieces
 
-    def pieces(self, layer: str) -> list[Moments]:
+    def pieces(self, layer: str) -> list[M]:
         """A layer's moments of each piece."""
         return [self._moments(piece[layer]) for piece in self._pieces]
 
-    def _moments(self, kept: Moments | str) -> Moments:
-        if isinstance(kept, Moments):
+    def _moments(self, kept: M | str) -> M:
+        if not isinstance(kept, str):
             return kept
-        entry = self.setup.cache.load("moments", kept, Moments.from_tensors)
+        entry = self.setup.cache.load("moments", kept, self.sums.read)
         if entry is None:
             raise UserError(
                 f"cache.dir={self.setup.cfg.cache.dir} has lost moments that were just written: was it emptied? Run "
@@ -52,8 +97,8 @@ class SplitMoments(Mapping[str, Moments]):
             )
         return entry[0]
 
-    def __getitem__(self, layer: str) -> Moments:
-        total = None
+    def __getitem__(self, layer: str) -> M:
+        total: M | None = None
         for piece in self._pieces:
             more = self._moments(piece[layer])
             total = more if total is None else total.add_(more)
@@ -68,8 +113,9 @@ class SplitMoments(Mapping[str, Moments]):
         return len(self._pieces[0]) if self._pieces else 0
 
 
-def collect(setup: Setup, split: str, gram: bool, bar: Bar) -> tuple[SplitMoments, Met]:
-    """Moments of the selected layers over a split; only those that no earlier job left in the cache are computed.
+def collect(setup: Setup, split: str, sums: Sums[M], bar: Bar) -> tuple[SplitMoments[M], Met]:
+    """What ``sums`` adds up, for the selected layers over a split; only what no earlier job left in the cache is
+    computed.
 
     Moments are kept of the whole split, or of its chunks where the bootstrap will draw them again.
     """
@@ -79,7 +125,7 @@ def collect(setup: Setup, split: str, gram: bool, bar: Bar) -> tuple[SplitMoment
     bar.start(0, unit="images")
     found, everything = [], Met(0, [])
     for number, piece in enumerate(pieces):
-        moments, here = _collect_piece(setup, piece, gram, f"{split}-{number}", bar)
+        moments, here = _collect_piece(setup, piece, sums, f"{split}-{number}", bar)
         found.append(moments)
         everything = everything + here
     if everything.images < 2:
@@ -87,29 +133,26 @@ def collect(setup: Setup, split: str, gram: bool, bar: Bar) -> tuple[SplitMoment
             f"only {everything.images} of the {len(whole)} images of the {split} split can be read: "
             "mend the files, or ask for more images (data.limit, data.fit, data.probe, data.validation)"
         )
-    return SplitMoments(setup, found), everything
+    return SplitMoments(setup, sums, found), everything
 
 
-def _collect_piece(
-    setup: Setup, piece: Split, gram: bool, stage: str, bar: Bar
-) -> tuple[dict[str, Moments | str], Met]:
+def _collect_piece(setup: Setup, piece: Split, sums: Sums[M], stage: str, bar: Bar) -> tuple[dict[str, M | str], Met]:
     """In the first process, moments by layer or where they are in the cache; what all processes met."""
     shared: dict[str, Any] = {"version": MOMENTS_VERSION, "model": setup.model_key, "images": piece.fingerprint}
     if setup.cfg.moments.positions < 1:
         shared |= {"positions": setup.cfg.moments.positions, "seed": setup.cfg.seed}
-    keys = {layer: key_of(**shared, layer=layer, gram=gram) for layer in setup.layers}
+    keys = {layer: key_of(**{**shared, **sums.key}, layer=layer) for layer in setup.layers}
     with setup.cache.lock("moments", key_of(**shared)) if ranks.first() else nullcontext():
-        missing, there = _missing(setup, keys)
+        missing, there = _missing(setup, sums, keys)
         if not missing:
             bar.add_images(len(piece), len(piece))
             return dict(keys), there
-        seeds = {layer: setup.seed(layer) for layer in missing}
-        stream = MomentStream(setup.model, missing, gram, setup.memory, setup.cfg.moments.positions, seeds)
-        partial = setup.partial(stage, **shared, layers=missing, gram=gram)
+        stream = sums.stream(missing)
+        partial = setup.partial(stage, **{**shared, **sums.key}, layers=missing)
         stream_over(setup, stream, piece, partial, bar, keep=not setup.cache.writable)
         here = met(piece, stream.seen)
         metadata = {"images": str(here.images), "unreadable": json.dumps(here.unreadable)}
-        found: dict[str, Moments | str] = dict(keys)
+        found: dict[str, M | str] = dict(keys)
         for layer in missing:
             # Added up, stored and released one by one: a layer's Gram matrix can have gigabytes.
             moments = stream.watchers.pop(layer).moments()
@@ -127,13 +170,13 @@ def _collect_piece(
         return found, here
 
 
-def _missing(setup: Setup, keys: Mapping[str, str]) -> tuple[list[str], Met]:
+def _missing(setup: Setup, sums: Sums[M], keys: Mapping[str, str]) -> tuple[list[str], Met]:
     """The layers whose moments are not in the cache, as the first process sees it; and what those there met."""
     gone = torch.zeros(len(keys), dtype=torch.int64)
     seen: dict[str, str] = {}
     if ranks.first():
         for number, key in enumerate(keys.values()):
-            entry = setup.cache.load("moments", key, Moments.from_tensors)
+            entry = setup.cache.load("moments", key, sums.read)
             gone[number] = entry is None
             seen = entry[1] if entry is not None else seen
     missing = [layer for layer, is_gone in zip(keys, ranks.from_first(gone).tolist(), strict=True) if is_gone]

@@ -197,7 +197,7 @@ def _patterns(
     if not needed or not fitted:
         return {}
     with shown.run("fit_patterns", "fit patterns on the first half") as bar:
-        moments, _ = fitting.collect(setup, "fit", False, bar)
+        moments, _ = fitting.collect(setup, "fit", fitting.all_samples(setup, gram=False), bar)
         return {
             name: fitting.fit_patterns(replace(setup, estimator=estimator), moments)
             for name, estimator in fitted.items()

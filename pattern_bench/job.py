@@ -93,11 +93,11 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
         accuracy["skipped"] = reason
     record.json("accuracy.json", accuracy)
 
-    def collect(split: str, name: str, title: str, gram: bool) -> fitting.SplitMoments:
+    def collect(split: str, name: str, title: str, sums: fitting.Sums[fitting.M]) -> fitting.SplitMoments[fitting.M]:
         with shown.run(name, title) as bar:
-            moments, met = fitting.collect(setup, split, gram, bar)
+            moments, met = fitting.collect(setup, split, sums, bar)
         meet(met)
-        of = {"model": setup.model_key, "images": fingerprints[split], "layers": setup.layers, "gram": gram}
+        of = {"model": setup.model_key, "images": fingerprints[split], "layers": setup.layers, **sums.key}
         of |= {"positions": cfg.moments.positions}
         record.uses("moments", f"{setup.model_name}-{setup.source.name}-{split}", of)
         return moments
@@ -106,7 +106,7 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
     how: dict[str, Any] = {}
     bootstrap = pd.DataFrame()
     if estimator.has_pattern:
-        fit = collect("fit", "fit_patterns", "fit patterns on the first half", gram=False)
+        fit = collect("fit", "fit_patterns", "fit patterns on the first half", fitting.all_samples(setup, gram=False))
         patterns = fitting.fit_patterns(setup, fit)
         shaped = fitting.in_weight_shape(setup, patterns)
         record.tensors(
@@ -119,8 +119,9 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
         record.uses("patterns", what, fitted, "patterns.safetensors")
         tables = []
         if "closed_form" in criterion.probes(setup):
-            probe = collect("probe", "fit_probe", "fit v on the second half", gram=True)
-            test = collect("validation", "validation_moments", "moments of the validation images", gram=True)
+            sums: Any = criterion.sums(setup)
+            probe = collect("probe", "fit_probe", "fit v on the second half", sums)
+            test = collect("validation", "validation_moments", "moments of the validation images", sums)
             with shown.run("rho", "ρ(S) of every neuron") as bar:
                 table, how["regularisation"] = criterion.closed_form(setup, patterns, probe, test, bar)
             tables.append(table)

@@ -25,7 +25,7 @@ from pattern_bench.core.degradation import ORDERS, REPLACEMENTS
 from pattern_bench.core.estimators import Estimator
 from pattern_bench.core.memory import fits
 from pattern_bench.core.network import layers_in_order, select_layers
-from pattern_bench.core.quality import CLOSED_FORM, CRITERIA
+from pattern_bench.core.quality import CRITERIA
 from pattern_bench.data.source import Source
 from pattern_bench.data.splits import GlobalBatches, Split, Unreadable, joined, make_splits
 from pattern_bench.errors import UserError, did_you_mean
@@ -148,6 +148,7 @@ def _check_numbers(cfg: DictConfig) -> None:
     smallest = {
         "explanation.images": 1, "degradation.images": 1, "degradation.patch": 1, "degradation.steps": 1,
         "data.batch_size": 1, "data.workers": 0, "data.limit": 1, "seed": 0, "probe.steps": 1, "probe.patience": 1,
+        "probe.neurons": 1,
         "bootstrap.resamples": 0, "bootstrap.chunks": 2,
     }  # fmt: skip
     for setting, least in smallest.items():
@@ -174,11 +175,6 @@ def _check_numbers(cfg: DictConfig) -> None:
             raise UserError(f"degradation.{setting}={value} is unknown: choose from {', '.join(choices)}")
     if isinstance(cfg.degradation.value, bool) or not isinstance(cfg.degradation.value, float | int):
         raise UserError(f"degradation.value={cfg.degradation.value} is no number: give one, such as 0.0")
-    if cfg.criterion not in CLOSED_FORM and cfg.probe.name != "sgd":
-        raise UserError(
-            f"criterion={cfg.criterion} has no closed form, since every neuron has samples of its own: give "
-            f"probe=sgd, or a criterion of {', '.join(CLOSED_FORM)}"
-        )
     if cfg.seed >= 2**32:
         raise UserError(f"seed={cfg.seed} is too large for NumPy's generator: give one below 2**32 = {2**32}")
     if cfg.bootstrap.resamples == 1:

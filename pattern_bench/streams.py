@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.degradation import degradation_curve, rank_patches, replacement
+from pattern_bench.core.firing import FiringCollector
 from pattern_bench.core.layers import Scratch
 from pattern_bench.core.memory import fits
 from pattern_bench.core.network import Watcher, collecting, layers_in_order
@@ -175,6 +176,16 @@ class WatchingStream(Stream):
             watcher.restore({k.removeprefix(start): t for k, t in state.items() if k.startswith(start)})
 
 
+def refuse_not_finite(collectors: Mapping[str, Collector | FiringCollector], batch: Batch) -> None:
+    """
+    Raises:
+        UserError: naming layer and batch, where one of the collectors has met what is NaN or infinite.
+    """
+    finite = torch.stack([collector.finite for collector in collectors.values()])
+    if not finite.all():
+        raise not_finite(list(collectors)[finite.tolist().index(False)], batch.positions)
+
+
 class MomentStream(WatchingStream):
     """Adds up the moments of the named layers.
 
@@ -226,9 +237,43 @@ class MomentStream(WatchingStream):
 
     def predict_step(self, batch: Batch, batch_index: int) -> None:
         super().predict_step(batch, batch_index)
-        finite = torch.stack([collector.finite for collector in self.watchers.values()])
-        if not finite.all():
-            raise not_finite(list(self.watchers)[finite.tolist().index(False)], batch.positions)
+        refuse_not_finite(self.watchers, batch)
+
+
+class FiringStream(WatchingStream):
+    """Adds up the moments of some neurons of the named layers where these fire.
+
+    Args:
+        model: canonical network.
+        neurons: by layer, indices (K,).
+        memory, positions, seeds: as of :class:`MomentStream`.
+
+    Raises:
+        UserError: naming layer and batch, where an activation is NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        neurons: Mapping[str, Tensor],
+        memory: int,
+        positions: float,
+        seeds: Mapping[str, int],
+    ) -> None:
+        super().__init__(model)
+        self.neurons, self.memory, self.positions, self.seeds = neurons, memory, positions, seeds
+        self.watchers: dict[str, FiringCollector] = {}
+
+    def start(self) -> None:
+        layers: dict[str, Any] = {name: self.model.get_submodule(name) for name in self.neurons}
+        self.watchers = {
+            name: FiringCollector(layer, self.neurons[name], self.memory, self.positions, self.seeds[name])
+            for name, layer in layers.items()
+        }
+
+    def predict_step(self, batch: Batch, batch_index: int) -> None:
+        super().predict_step(batch, batch_index)
+        refuse_not_finite(self.watchers, batch)
 
 
 class ReadingStream(WatchingStream):

@@ -306,7 +306,7 @@ def test_a_users_mistake_inside_the_job_shows_no_traceback(command):
         (["degradation.order=worst"], "degradation.order=worst is unknown"),
         (["degradation.replacement=noise"], "degradation.replacement=noise is unknown"),
         (["degradation.value=white"], "degradation.value=white is no number"),
-        (["criterion=positive"], "criterion=positive has no closed form"),
+        (["criterion=positive", "probe.neurons=0"], "probe.neurons=0 is not possible"),
         (["probe=sgd", "probe.steps=0"], "probe.steps=0 is not possible"),
         (["probe=sgd", "probe.learning_rate=fast"], "probe.learning_rate=fast is not possible"),
         (["moments.positions=2"], "moments.positions=2 is no share"),

@@ -187,6 +187,30 @@ def test_descent_alone_serves_the_positive_criterion_and_stops_early(run_job):
     assert "regularisation" not in summary
 
 
+def test_where_neurons_fire_the_closed_form_agrees_with_descent(run_job):
+    folder = run_job(
+        "probe=both", "criterion=positive", "estimator=w", "data.limit=900", "layer=[features.0,features.2]",
+        "probe.steps=3000", "probe.neurons=12", "model.training.epochs=4", "data.batch_size=64",
+    )  # fmt: skip
+    rho = pd.read_csv(folder / "rho.csv")
+    assert rho[rho.probe == "closed_form"].groupby("layer").size().to_dict() == {"features.0": 12, "features.2": 12}
+    assert rho[rho.probe == "sgd"].groupby("layer").size().to_dict() == {"features.0": 16, "features.2": 16}
+    wide = rho.pivot(index=["layer", "neuron"], columns="probe", values="rho").dropna()
+    assert len(wide) >= 16
+    assert ((wide.sgd - wide.closed_form).abs() < 0.02).mean() > 0.9
+
+
+def test_where_neurons_fire_rho_has_standard_errors_and_its_moments_are_cached(run_job):
+    settings = ["criterion=positive", "estimator=a", "bootstrap.resamples=4", "bootstrap.chunks=3", "probe.neurons=5"]
+    first, second = (run_job(*settings, "layer=features.2") for _ in range(2))
+    summary = json.loads((first / "summary.json").read_text())
+    (layer,) = summary["rho"]["layers"]
+    assert layer["neurons"] == 5
+    assert 0 < layer["standard_error"]["mean"] < 0.5
+    assert (first / "rho.csv").read_text() == (second / "rho.csv").read_text()
+    assert (first / "bootstrap.csv").read_text() == (second / "bootstrap.csv").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["w", "a_plus_minus"])
 def test_descent_and_closed_form_agree_on_a_squeezenet_layer(run_job, estimator):

@@ -40,6 +40,12 @@ LEAST_POSITIONS = 256
 """Sampling leaves at least so many output positions of an image."""
 
 
+def sampled_positions(share: float, there: int) -> int:
+    """Output positions to draw from each image; 0 where all that are there are taken."""
+    count = max(LEAST_POSITIONS, round(share * there))
+    return count if share < 1 and count < there else 0
+
+
 @dataclass
 class _Work:
     """Images on their way into the sums: a layer's input and output, the positions drawn from each image (0: all), and
@@ -117,7 +123,7 @@ class Collector:
             if self.shift is not None or self.geometry.padding_mode != "zeros":
                 self.geometry = self.geometry.unpadded()
         values = 3 * y[0].numel() + 2 * x[0].numel()
-        drawn = self._drawn(y)
+        drawn = sampled_positions(self.positions, y[0, 0].numel())
         if drawn or (self.wants_gram and not applies(self.geometry, x.shape[1], tuple(x.shape[2:]))):
             values += (drawn or y[0, 0].numel()) * self.x.numel()
         images = max(1, self.memory // (values * x.element_size()))
@@ -148,12 +154,6 @@ class Collector:
             half = len(work.x) // 2
             self.unfinished[:1] = [work.images(slice(half)), work.images(slice(half, None))]
         return there
-
-    def _drawn(self, y: Tensor) -> int:
-        """Output positions to draw from each image; 0 where all are taken."""
-        there = y[0, 0].numel()
-        count = max(LEAST_POSITIONS, round(self.positions * there))
-        return count if self.positions < 1 and count < there else 0
 
     def _add(self, work: _Work) -> None:
         for part in itertools.islice(self._sums(work.x, work.y, work.drawn), work.done, None):

@@ -18,7 +18,7 @@ from pattern_bench.core.moments import MEMORY, NO_GRAM, Moments
 
 CRITERIA = ("all", "rectified", "positive")
 CLOSED_FORM = CRITERIA[:2]
-"""``positive`` has another Σ for every neuron: it is the SGD probe's (``core/reading.py``)."""
+"""From moments that all neurons share; ``positive`` has another Σ for every neuron (``core/firing.py``)."""
 LARGEST_REGULARISATION = 1e-2
 
 

@@ -74,7 +74,8 @@ class VGG(ModelSource):
             classifier += [nn.Dropout(self.dropout)] if self.dropout else []
             inputs = neurons
         classifier.append(nn.Linear(inputs, classes))
-        parts: OrderedDict[str, nn.Module] = OrderedDict(features=nn.Sequential(*features), classifier=nn.Sequential(*classifier))
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        parts["features"], parts["classifier"] = nn.Sequential(*features), nn.Sequential(*classifier)
         return nn.Sequential(parts)
 
 
