@@ -217,8 +217,11 @@ def patch_and_steps(setup: Setup) -> tuple[int, int]:
     return patch, steps
 
 
-def degrade(setup: Setup, patterns: Mapping[str, Pattern], bar: Bar) -> tuple[dict[str, Tensor], Met]:
-    """Degradation curves by method, (images, steps + 1); and the images met.
+def degrade(
+    setup: Setup, patterns: Mapping[str, Pattern], bar: Bar
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str], Met]:
+    """Degradation curves by method, (images, steps + 1), and the areas over them (images,); names of these images; and
+    all images met.
 
     Raises:
         UserError: where none of the images can be read.
@@ -238,17 +241,13 @@ def degrade(setup: Setup, patterns: Mapping[str, Pattern], bar: Bar) -> tuple[di
     curves, found = _rows(setup, stream, split, "degrade", patterns, bar, size, **protocol)
     if not curves:
         raise UserError(f"none of the first {len(split)} validation images can be read: mend the files")
-    return {curve_name(setup, name): curves[name] for name in ("random_order", method.name)}, found
+    names = [name for name in map(split.name, range(len(split))) if name not in set(found.unreadable)]
+    named = {curve_name(setup, name): curves[name] for name in ("random_order", method.name)}
+    return named, {name: area_over_curve(curve.double()) for name, curve in named.items()}, names, found
 
 
-def area_by_method(curves: Mapping[str, Tensor]) -> dict[str, float]:
-    """Area over the curve, averaged over images."""
-    return {name: float(area_over_curve(curve.double()).mean()) for name, curve in curves.items()}
-
-
-def area_intervals(setup: Setup, curves: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """95 % bootstrap intervals over images of the area over the curve; the same draws for every method."""
+def area_intervals(setup: Setup, areas: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """95 % bootstrap intervals over images of the area (images,) over the curve; the same draws for every method."""
     return {
-        name: list(mean_interval(area_over_curve(curve.double()), torch.Generator().manual_seed(setup.cfg.seed)))
-        for name, curve in curves.items()
+        name: list(mean_interval(area, torch.Generator().manual_seed(setup.cfg.seed))) for name, area in areas.items()
     }

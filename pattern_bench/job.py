@@ -171,6 +171,7 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
     intervals: dict[str, list[float]] = {}
     patch = steps = None
     degradation = pd.DataFrame(columns=list(results.DEGRADATION_COLUMNS))
+    area_table = pd.DataFrame(columns=list(results.AREA_COLUMNS))
     reason = explanations.why_no_explanation(setup)
     if reason is None:
         with shown.run("explain", "explain validation images") as bar:
@@ -182,15 +183,18 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
         )  # fmt: skip
         patch, steps = explanations.patch_and_steps(setup)
         with shown.run("degrade", "image degradation") as bar:
-            curves, met = explanations.degrade(setup, shaped, bar)
+            curves, by_image, images, met = explanations.degrade(setup, shaped, bar)
         meet(met)
-        areas, intervals = explanations.area_by_method(curves), explanations.area_intervals(setup, curves)
+        areas = {method: float(area.mean()) for method, area in by_image.items()}
+        intervals = explanations.area_intervals(setup, by_image)
         who = estimator.name if explanations.chosen_method(setup)[1] else "none"
         degradation = results.degradation_rows(curves, setup.model_name, setup.source.name, who)
+        area_table = results.area_rows(by_image, images, setup.model_name, setup.source.name, who)
     else:
         shown.skip("explain", "explain validation images", reason)
         shown.skip("degrade", "image degradation", reason)
     record.csv("degradation.csv", degradation)
+    record.csv("areas.csv", area_table)
     record.table("degradation", degradation)
     record.picture(
         "figures/degradation", "degradation.png", f"Image degradation of {about}",

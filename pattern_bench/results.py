@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ RHO_COLUMNS = (
 DEGRADATION_COLUMNS = (
     "model", "data", "estimator", "method", "step", "probability_mean", "probability_std", "n",
 )  # fmt: skip
+AREA_COLUMNS = ("model", "data", "estimator", "method", "image", "area")
 BOOTSTRAP_COLUMNS = (
     "model", "data", "layer", "layer_index", "estimator", "criterion", "probe", "resample", "mean", "median",
 )  # fmt: skip
@@ -69,9 +70,26 @@ def degradation_rows(curves: Mapping[str, Tensor], model: str, data: str, estima
                 "n": len(curve),
             }
         )
-        who = "none" if method.startswith("random_order") else estimator
-        tables.append(table.assign(model=model, data=data, estimator=who, method=method))
+        tables.append(table.assign(model=model, data=data, estimator=_whose(method, estimator), method=method))
     return pd.concat(tables, ignore_index=True)[list(DEGRADATION_COLUMNS)]
+
+
+def area_rows(
+    areas: Mapping[str, Tensor], images: Sequence[str], model: str, data: str, estimator: str
+) -> pd.DataFrame:
+    """One row per method and image, from the areas (images,) over each method's curves: what methods can be compared
+    by, image by image."""
+    tables = [
+        pd.DataFrame({"image": images, "area": area.numpy()}).assign(
+            model=model, data=data, estimator=_whose(method, estimator), method=method
+        )
+        for method, area in areas.items()
+    ]
+    return pd.concat(tables, ignore_index=True)[list(AREA_COLUMNS)]
+
+
+def _whose(method: str, estimator: str) -> str:
+    return "none" if method.startswith("random_order") else estimator
 
 
 def pattern_tensors(patterns: Mapping[str, Pattern]) -> dict[str, Tensor]:

@@ -12,10 +12,10 @@ from torchvision import models
 
 from pattern_bench.errors import UserError
 from pattern_bench.report import main as report
-from pattern_bench.results import BOOTSTRAP_COLUMNS, DEGRADATION_COLUMNS, RHO_COLUMNS, SPLIT_COLUMNS
+from pattern_bench.results import AREA_COLUMNS, BOOTSTRAP_COLUMNS, DEGRADATION_COLUMNS, RHO_COLUMNS, SPLIT_COLUMNS
 
 FILES = {
-    "rho.csv", "degradation.csv", "accuracy.json", "splits.csv", "patterns.safetensors", "summary.json",
+    "rho.csv", "degradation.csv", "areas.csv", "accuracy.json", "splits.csv", "patterns.safetensors", "summary.json",
     "rho.png", "degradation.png", "explanations.png", "config.yaml",
 }  # fmt: skip
 SMALL = ["data.limit=300", "model.training.epochs=4", "degradation.images=8"]
@@ -55,9 +55,15 @@ def test_the_default_job_through_the_command_line(command, tmp_path):
     assert tuple(degradation.columns) == DEGRADATION_COLUMNS
     assert set(degradation.method) == {"pattern_attribution", "random_order"}
     assert degradation.groupby("method").step.max().tolist() == [16, 16]
+    areas = pd.read_csv(folder / "areas.csv")
+    assert tuple(areas.columns) == AREA_COLUMNS
+    assert set(areas.image) <= set(splits[splits.split == "validation"].name)
     for method, curve in degradation.groupby("method"):
         area = (curve.probability_mean.iloc[0] - curve.probability_mean).mean()
         assert summary["area_over_curve"][method] == pytest.approx(area)
+        each = areas[areas.method == method]
+        assert len(each) == each.image.nunique() == int(curve.n.iloc[0])
+        assert each.area.mean() == pytest.approx(area)
         # When every patch is replaced, the order no longer matters.
     last = degradation[degradation.step == 16].probability_mean
     assert last.max() - last.min() < 1e-5
