@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from matplotlib import cbook
+from matplotlib import get_data_path
 from PIL import Image
 from sklearn import datasets
 
@@ -19,8 +19,7 @@ def photographs(folder: Path) -> Path:
     beside = Path(datasets.__file__).parent / "images"
     for name in PHOTOGRAPHS[:2]:
         shutil.copyfile(beside / name, folder / name)
-    with cbook.get_sample_data(PHOTOGRAPHS[2]) as source, (folder / PHOTOGRAPHS[2]).open("wb") as copy:
-        shutil.copyfileobj(source, copy)
+    shutil.copyfile(Path(get_data_path()) / "sample_data" / PHOTOGRAPHS[2], folder / PHOTOGRAPHS[2])
     return folder
 
 

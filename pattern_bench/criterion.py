@@ -108,9 +108,13 @@ def _layer_rho(setup: Setup, layer: str, pattern: Pattern, probe: M, test: M) ->
             return found[0]
         log.warning("out of memory with ρ of layer %s on %s", layer, device)
     raise UserError(
-        f"the memory is too small for ρ of layer {layer}, whose Gram matrix has {pattern.positive.shape[1]} columns: "
+        f"the memory is too small for ρ of layer {layer}, whose Gram matrix has {_columns(probe)} columns: "
         "leave it out (layer), or give probe=sgd"
     )
+
+
+def _columns(moments: Moments | FiringMoments) -> int:
+    return moments.sums.shape[1] - 1 if isinstance(moments, FiringMoments) else moments.x.shape[1]
 
 
 def _layer_rho_on(

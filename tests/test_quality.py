@@ -105,11 +105,26 @@ def test_inputs_that_never_vary_leave_rho_undefined():
 def test_a_covariance_short_of_positive_definite_gets_a_larger_ridge():
     layer = nn.Linear(3, 1).double().requires_grad_(False)
     m = sums(layer, torch.randn(50, 3, dtype=torch.float64))
-    m.gram[0, 0, 0] = m.n * (m.mean_x[0, 0] ** 2 - 1e-4)
+    m.gram[0] = m.n * (torch.outer(m.mean_x[0], m.mean_x[0]) + torch.diag(torch.tensor([-1e-4, 1.0, 1.0])))
     assert 1e-6 < Probe(m, 1e-6).regularisation <= 1e-2
     m.gram[0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinite"):
         Probe(m, 1e-6)
+
+
+@pytest.mark.parametrize("deviation", [1e-3, 1e-5, 1e-7, 0.0])
+def test_a_channel_that_hardly_varies_beside_its_padding_has_a_covariance(deviation):
+    """A 3×3 window on one pixel: eight of nine values are padding, far from the channel's mean."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 4, 3, padding=1, groups=4).requires_grad_(False)
+    collector = Collector(layer, gram=True)
+    for _ in range(4):
+        x = torch.randn(64, 4, 1, 1).relu()
+        x[:, 0] = 3 + deviation * torch.randn(64, 1, 1)
+        collector.add(x, layer(x))
+    m = collector.moments()
+    assert Probe(m, 1e-4).regularisation == 1e-4
+    assert float(m.cov_x[0].diagonal()[[0, 1, 2, 3, 5, 6, 7, 8]].abs().max()) < 1e-13
 
 
 def test_moments_without_gram_have_no_rho():

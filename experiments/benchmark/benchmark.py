@@ -15,6 +15,7 @@ import platform
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from pattern_bench.data.folder import FolderPool
 from pattern_bench.data.source import photograph_transform
 from pattern_bench.methods.gradients import Gradient
 from pattern_bench.methods.patterns import PatternAttribution
-from pattern_bench.models.small import SmallVGG
+from pattern_bench.models.small import VGG
 from pattern_bench.models.source import load_weights, read_weights
 from pattern_bench.streams import fast_layout
 
@@ -52,7 +53,16 @@ def networks(weights: str | None, images: str | None, batch: int, device: str) -
         load_weights(vgg, state, f"--weights {weights}", "vgg16.features")
     vgg = nn.Sequential(vgg, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     digits = torch.rand(64 * batch, 1, 8, 8)
-    small = SmallVGG(name="small_vgg", weights=None, training=None, width=16).module(digits[0], 10)
+    small = VGG(
+        name="small_vgg",
+        weights=None,
+        training=None,
+        width=16,
+        blocks=[2, 2],
+        dense=[64],
+        batch_norm=False,
+        dropout=0.0,
+    ).module(digits[0], 10)
     torch.manual_seed(0)
     photographs = torch.randn(batch, 3, 224, 224)
     if images is not None:
@@ -183,7 +193,7 @@ def rates(device: str) -> tuple[float, float]:
     cuda, matrix = device == "cuda", 0.0
     for side in (2048, 4096):
         a, b = (torch.randn(side, side, device=device) for _ in range(2))
-        matrix = max(matrix, 2 * side**3 / best(lambda a=a, b=b: a @ b, cuda))
+        matrix = max(matrix, 2 * side**3 / best(partial(torch.matmul, a, b), cuda))
     # On some processors torch's convolutions come from a faster library than its matrix products.
     layer, x = nn.Conv2d(512, 512, 3, padding=1).to(device), fast_layout(torch.randn(4, 512, 28, 28, device=device))
     with torch.no_grad():
@@ -282,7 +292,7 @@ def main() -> None:
     options = parser.parse_args()
     matrix, copy = rates(options.device)
     tables = []
-    built = {}
+    built: dict[tuple[str, int], tuple[nn.Module, Tensor]] = {}
     for batch in options.batch:
         built |= {
             (n, batch): pair for n, pair in networks(options.weights, options.images, batch, options.device).items()

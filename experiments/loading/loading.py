@@ -183,13 +183,14 @@ class Watch(pl.Callback):
     """Memory of the job and of its workers, every ``every`` images."""
 
     def __init__(self, every: int) -> None:
-        self.every, self.rows, self.start = every, [], time.perf_counter()
+        self.rows: list[dict[str, Any]] = []
+        self.every, self.start = every, time.perf_counter()
 
     def on_predict_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         seen = module.seen.images
         if seen // self.every == len(self.rows):
             return
-        workers = [memory(child.pid) for child in multiprocessing.active_children()]
+        workers = [memory(str(child.pid)) for child in multiprocessing.active_children()]
         self.rows.append(
             {
                 "images": seen,
@@ -292,7 +293,9 @@ def report(
         return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
 
     lines = []
-    for (kind, size), part in rates.groupby(["kind", "bytes"], sort=False):
+    keys: Any
+    for keys, part in rates.groupby(["kind", "bytes"], sort=False):
+        kind, size = keys
         for source, of in part.groupby("source", sort=False):
             cells = [spread(of.rate[of.workers == workers]) for workers in (0, 1, 2)]
             lines.append(f"| {kind}, {size / 1000:.0f} KB | {source} | {' | '.join(cells)} |")

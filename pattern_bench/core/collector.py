@@ -168,7 +168,9 @@ class Collector:
         # -Inf has no trace in the sums: its gate is closed.
         self.finite &= torch.isfinite(y.sum())
         if self.shift is not None:
-            x, y = x - _along(self.shift[0], x), y - _along(self.shift[1], y)
+            # In float64: padding lies as far from the mean as the mean is large, and its products have to cancel.
+            x, y = (t.double() - _along(c, t) for t, c in zip((x, y), self.shift, strict=True))
+            gate = gate.double()
         if isinstance(drawn, int):
             yield from self._map_sums(
                 y, gate, lambda: patch_sum(x, self.geometry), lambda maps: cross_sum(x, maps, self.geometry)

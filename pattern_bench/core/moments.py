@@ -113,6 +113,13 @@ class Moments:
         return (self.xug + self.xun) / self.n - self.mean_u[:, None] * self.mean_x_per_neuron
 
     @property
+    def square_x(self) -> Tensor:
+        """E[x²] of each value, (G, D)."""
+        if self.gram is None:
+            raise ValueError(NO_GRAM)
+        return self.gram.diagonal(dim1=1, dim2=2) / self.n
+
+    @property
     def cov_x(self) -> Tensor:
         """cov[x], (G, D, D)."""
         if self.gram is None:

@@ -20,6 +20,8 @@ CRITERIA = ("all", "rectified", "positive")
 CLOSED_FORM = CRITERIA[:2]
 """From moments that all neurons share; ``positive`` has another Σ for every neuron (``core/firing.py``)."""
 LARGEST_REGULARISATION = 1e-2
+ROUNDING = 1e-10
+"""Inputs that vary by less than this share of their mean square do not vary."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,11 @@ class Probe:
 
     def _factorise(self) -> tuple[Tensor, bool]:
         """Σ + λI's factor, (G, D, D), in the memory of Σ: at D = 25,088 a copy would be another 5 GB."""
-        covariance = self.moments.cov_x
+        covariance, square = self.moments.cov_x, self.moments.square_x
         diagonal = covariance.diagonal(dim1=1, dim2=2)
         scale = diagonal.mean(1, keepdim=True)
+        # Below the rounding of the sums that it comes from, a variance is none.
+        scale = scale.maximum(ROUNDING * square.mean(1, keepdim=True))
         # An all-zero Σ (every input dead) leaves nothing to read; any positive λ then gives v = 0.
         diagonal += self.regularisation * torch.where(scale > 0, scale, 1.0)
         info = torch.empty(len(covariance), dtype=torch.int32, device=covariance.device)
