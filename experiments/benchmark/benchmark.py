@@ -62,7 +62,7 @@ def networks(weights: str | None, images: str | None, batch: int, device: str) -
         dense=[64],
         batch_norm=False,
         dropout=0.0,
-    ).module(digits[0], 10)
+    ).module(digits[0], 10)  # fmt: skip
     torch.manual_seed(0)
     photographs = torch.randn(batch, 3, 224, 224)
     if images is not None:

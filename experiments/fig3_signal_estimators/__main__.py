@@ -30,7 +30,7 @@ BOOTSTRAP = {
 }
 FIRING = {
     DIGITS: ["probe.neurons=1000", *BOOTSTRAP[DIGITS]],
-    CIFAR: ["probe.neurons=24", "bootstrap.resamples=20", "bootstrap.chunks=5"],
+    CIFAR: ["probe.neurons=10", "moments.positions=0.25", "bootstrap.resamples=20", "bootstrap.chunks=5"],
     SQUEEZENET: ["probe.neurons=32", *BOOTSTRAP[SQUEEZENET]],
     VGG16: ["probe.neurons=8", "moments.positions=0.1", "data.batch_size=8", "checkpoint.seconds=600"],
 }
