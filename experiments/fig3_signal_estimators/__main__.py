@@ -55,6 +55,42 @@ def measure(network: str, runs: Path, chosen: list[str]) -> tuple[pd.DataFrame, 
     )
 
 
+OWN_MEANS = ["estimator._target_=experiments.fig3_signal_estimators.regimes.OwnMeans", "allow_any_target=true"]
+FEW = "bootstrap.resamples=2"
+"""As chunks are kept anyway, so that they are used again."""
+
+
+def investigate(network: str, runs: Path, chosen: list[str]) -> pd.DataFrame:
+    """ρ of every neuron, with one thing changed: what S_a+- is, λ, and, where that does not train another network, the
+    split."""
+    chosen = [*chosen, *NOTHING_ELSE]
+    shared, regular = [*BOOTSTRAP[network], FEW], "criterion=all,rectified"
+    estimators = "estimator=a,a_plus_minus"
+    firing = [setting for setting in FIRING[network] if not setting.startswith("bootstrap.resamples")]
+    firing += [FEW] if len(firing) < len(FIRING[network]) else []
+    found = {
+        "each regime's own means": [
+            sweep(runs / f"{network}-own", *chosen, *shared, *OWN_MEANS, regular),
+            sweep(runs / f"{network}-own-positive", *chosen, *firing, *OWN_MEANS, "criterion=positive"),
+        ]
+    }
+    for ridge in ("1e-6", "1e-2"):
+        changed = f"probe.regularisation={ridge}"
+        found[f"λ = {ridge}"] = [
+            sweep(runs / f"{network}-{ridge}", *chosen, *shared, estimators, regular, changed),
+            sweep(runs / f"{network}-{ridge}-positive", *chosen, *firing, estimators, "criterion=positive", changed),
+        ]
+    if network == SQUEEZENET:
+        found["other halves (seed 1)"] = [sweep(runs / f"{network}-1", *chosen, estimators, regular, "seed=1")]
+    tables = [
+        pd.read_csv(path.parent / "rho.csv").assign(changed=what)
+        for what, roots in found.items()
+        for root in roots
+        for path in sorted(root.glob("*/summary.json"))
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
 def in_the_papers_terms(table: pd.DataFrame) -> pd.DataFrame:
     """Layers of a VGG named conv1_1 to fc8: its max-pools end the blocks, and the index in ``features`` tells them."""
     layers = table.drop_duplicates("layer_index").sort_values("layer_index").layer
@@ -127,9 +163,35 @@ def summary(table: pd.DataFrame) -> str:
     return markdown(found.rename(columns={"w": "S_w", "a": "S_a", "a_plus_minus": "S_a+-"}))
 
 
+def findings(table: pd.DataFrame, usual: pd.DataFrame) -> str:
+    """What was changed, beside the usual: means over layers."""
+    where = kind(table.layer).where(table.layer_index > 0, "first")
+    keys = ["network", "criterion", "where", "changed"]
+    layers = table.assign(where=where).groupby([*keys, "layer", "estimator"]).rho.mean()
+    means = layers.groupby([*keys, "estimator"]).mean().unstack("estimator")
+    usual = usual.assign(changed="nothing").set_index([*keys, "estimator"])["mean"].unstack("estimator")
+    rows = []
+    for network in dict.fromkeys(table.network):
+        for criterion in CRITERIA:
+            for place in ("conv", "dense"):
+                for what in ("nothing", *dict.fromkeys(table.changed)):
+                    source = (usual if what == "nothing" else means).to_dict("index")
+                    if (own := source.get((network, criterion, place, what))) is None:
+                        continue
+                    shown = {name: own.get(name, float("nan")) for name in ("a", "a_plus_minus")}
+                    if what.startswith("each regime"):
+                        shown["a_plus_minus"] = own["own_means"]
+                    rows.append(
+                        {"network": TITLES[network], "criterion": criterion, "layers": place, "changed": what}
+                        | {name: "–" if pd.isna(value) else f"{value:.2f}" for name, value in shown.items()}
+                    )
+    return markdown(pd.DataFrame(rows).rename(columns={"a": "S_a", "a_plus_minus": "S_a+-"}))
+
+
 def main() -> None:
     options_of = arguments(__doc__, TITLES)
     options_of.add_argument("--networks", nargs="+", choices=TITLES, default=list(TITLES), help="these alone")
+    options_of.add_argument("--investigate", action="store_true", help="the second table: what changes with λ, …")
     options = options_of.parse_args()
     everything = HERE / "by_layer.csv"
     tables = [pd.read_csv(everything)] if everything.exists() else []
@@ -144,6 +206,12 @@ def main() -> None:
     write_csv(everything, pd.concat(tables))
     write_csv(HERE / "summary.csv", pd.concat(summaries))
     write_block(HERE / "README.md", "table", summary(pd.concat(summaries)))
+    if options.investigate:
+        changed = [
+            in_the_papers_terms(investigate(network, options.runs, settings(network, options))).assign(network=network)
+            for network in given([n for n in (DIGITS, CIFAR, SQUEEZENET) if n in options.networks], options)
+        ]
+        write_block(HERE / "README.md", "investigation", findings(pd.concat(changed), pd.concat(summaries)))
 
 
 if __name__ == "__main__":
