@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib import get_data_path
 from PIL import Image
 from sklearn import datasets
+
+from experiments.jobs import SQUEEZENET, arguments, given, settings, sweep
 
 # Two by danielbuechele and vultilion (CC BY 2.0) that come with scikit-learn; one of the US Navy with matplotlib.
 PHOTOGRAPHS = ("china.jpg", "flower.jpg", "grace_hopper.jpg")
@@ -29,3 +32,18 @@ def keep_small(picture: Path, copy: Path, width: int = 1600) -> None:
         small = image.convert("RGB")
     small.thumbnail((width, 100 * width), Image.Resampling.LANCZOS)
     small.save(copy, quality=88, optimize=True)
+
+
+def gallery(figure: str, shown: Mapping[str, str], folder: Path, about: str | None) -> None:
+    """Draws a gallery of each network, which ``shown`` gives one more setting, into ``folder`` as NETWORK.jpg."""
+    options = arguments(about, shown).parse_args()
+    for network in given(shown, options):
+        chosen = [*settings(network, options), f"figure={figure}", shown[network]]
+        if network == SQUEEZENET:
+            # Patterns from all of the reader's photographs; shown are others.
+            others = photographs(options.runs / "photographs")
+            chosen += [f"data.validation_root='{others}'", "data.fit=0.5", "data.probe=0.5", "data.validation=1.0"]
+            chosen += ["percentile=99.5"]
+        made = sweep(options.runs / f"{figure}-{network}", *chosen, module="pattern_bench.gallery")
+        (picture,) = made.glob(f"*/{figure}.png")
+        keep_small(picture, folder / f"{network}.jpg")

@@ -26,13 +26,13 @@ BOOTSTRAP = {
     DIGITS: ["bootstrap.resamples=50"],
     CIFAR: ["bootstrap.resamples=20"],
     SQUEEZENET: ["bootstrap.resamples=20"],
-    VGG16: ["bootstrap.resamples=8", "bootstrap.chunks=10", "data.batch_size=8"],
+    VGG16: ["bootstrap.resamples=5", "bootstrap.chunks=10", "data.batch_size=8"],
 }
 FIRING = {
     DIGITS: ["probe.neurons=1000", *BOOTSTRAP[DIGITS]],
     CIFAR: ["probe.neurons=10", "moments.positions=0.25", "bootstrap.resamples=20", "bootstrap.chunks=5"],
     SQUEEZENET: ["probe.neurons=32", *BOOTSTRAP[SQUEEZENET]],
-    VGG16: ["probe.neurons=8", "moments.positions=0.1", "data.batch_size=8", "checkpoint.seconds=600"],
+    VGG16: ["probe.neurons=6", "moments.positions=0.1", "data.batch_size=8", "checkpoint.seconds=600"],
 }
 # These jobs are there for ρ.
 NOTHING_ELSE = ["explanation.images=1", "degradation.images=1", "degradation.steps=1"]

@@ -17,29 +17,30 @@ from pattern_bench.names import plain
 from pattern_bench.results import write_csv
 
 HERE = Path(__file__).parent
-CURVES = (
-    "random", "x", "w", "a", "a_plus_minus", "pattern_net_a", "pattern_net_a_plus_minus", "gradient", "deconvnet",
-    "guided_backprop", "integrated_gradients", "smoothgrad",
-)  # fmt: skip
+SWEEPS = {
+    "attribution": "estimator=random,x,w,a,a_plus_minus",
+    "signal": "method=pattern_net estimator=random,w,a,a_plus_minus",
+    "other": "estimator=x method=gradient,deconvnet,guided_backprop,integrated_gradients,smoothgrad",
+}
+SLOW = "estimator=x method=occlusion,prediction_difference"
 TITLES = {DIGITS: "small VGG, digits", CIFAR: "VGG with dense layers, CIFAR-10", SQUEEZENET: "SqueezeNet 1.1"}
 IMAGES = {DIGITS: 359, CIFAR: 500, SQUEEZENET: 50}
 # Thousands of forward passes an image: of so many images, and at 224 pixels in coarser steps than the default.
-SLOW = {
-    DIGITS: [], CIFAR: ["degradation.images=100"],
-    SQUEEZENET: ["degradation.images=20", "+method.window=16", "+method.stride=16"],
-}  # fmt: skip
+FEWER = {
+    DIGITS: ["degradation.images=359"],
+    CIFAR: ["degradation.images=50", "method.stride=2"],
+    SQUEEZENET: ["degradation.images=20", "method.window=16", "method.stride=16"],
+}
 BEST = "PatternAttribution, S_a+-"
 
 
 def measure(network: str, runs: Path, chosen: list[str], slow: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Mean curves, and areas over the curves of each image."""
     chosen = [*chosen, "explanation.images=1"]
-    roots = [
-        sweep(runs / network, *chosen, f"degradation.images={IMAGES[network]}", f"curve={','.join(CURVES)}"),
-    ]
+    images = f"degradation.images={IMAGES[network]}"
+    roots = [sweep(runs / f"{network}-{name}", *chosen, images, *which.split()) for name, which in SWEEPS.items()]
     if slow:
-        methods = "method=occlusion,prediction_difference"
-        roots.append(sweep(runs / f"{network}-slow", *chosen, "estimator=x", methods, *SLOW[network]))
+        roots.append(sweep(runs / f"{network}-slow", *chosen, *SLOW.split(), *FEWER[network]))
     folders = [path.parent for root in roots for path in sorted(root.glob("*/summary.json"))]
     curves, areas = (
         pd.concat([pd.read_csv(folder / name) for folder in folders], ignore_index=True)
@@ -93,7 +94,7 @@ def table(ranked: pd.DataFrame) -> str:
 def main() -> None:
     options_of = arguments(__doc__, TITLES)
     options_of.add_argument("--networks", nargs="+", choices=TITLES, default=list(TITLES), help="these alone")
-    options_of.add_argument("--fast", action="store_true", help="without the two methods that take hours")
+    options_of.add_argument("--fast", action="store_true", help="without occlusion and prediction difference")
     options = options_of.parse_args()
     for network in given(options.networks, options):
         curves, areas = measure(network, options.runs, settings(network, options), not options.fast)
