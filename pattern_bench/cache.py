@@ -1,4 +1,5 @@
-"""A content-addressed store of tensors: trained weights and moments, shared by runs, sweeps and jobs side by side.
+"""A content-addressed store of tensors, shared by runs, sweeps and jobs side by side: trained weights, moments, and
+random orders' curves.
 
 An entry's name is a hash of everything it depends on, so an entry is never out of date: no clock has a say. Files are
 written under another name and moved into place, so a reader never sees half of one, and carry a checksum, so that one

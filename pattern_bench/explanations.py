@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from pattern_bench import ranks
+from pattern_bench.cache import key_of
 from pattern_bench.config import build
 from pattern_bench.core.degradation import area_over_curve, mean_interval, random_ranks
 from pattern_bench.core.estimators import Pattern
@@ -23,6 +24,9 @@ from pattern_bench.passes import Met, met, stream_over
 from pattern_bench.preparation import Setup
 from pattern_bench.progress import Bar
 from pattern_bench.streams import AccuracyStream, DegradationStream, ExplanationStream, RowStream
+
+BASELINE_VERSION = 1
+"""Of how images are degraded; curves of another are taken again."""
 
 
 def why_no_accuracy(setup: Setup) -> str | None:
@@ -233,17 +237,38 @@ def degrade(
     order = random_ranks(len(split), height // patch, width // patch, torch.Generator().manual_seed(setup.cfg.seed))
     method = method_of(setup, patterns)
     how = setup.cfg.degradation
+    protocol = {"patch": patch, "steps": steps, "replacement": how.replacement, "value": how.value}
+    # The same for every method, so that a sweep takes it once.
+    key = key_of(
+        version=BASELINE_VERSION, model=setup.model_key, images=split.fingerprint, seed=setup.cfg.seed,
+        batch_size=setup.source.batch_size, processes=ranks.size(), **protocol,
+    )  # fmt: skip
+    baseline = _kept_baseline(setup, key)
     stream = DegradationStream(
-        setup.model, {method.name: method}, patch, steps, order, how.order, how.replacement, how.value
+        setup.model, {method.name: method}, patch, steps, order, how.order, how.replacement, how.value, baseline is None
     )
-    protocol = {"patch": patch, "steps": steps, "order": how.order, "replacement": how.replacement, "value": how.value}
+    protocol |= {"order": how.order, "baseline": baseline is None}
     size = 1 if method.many_passes else None
     curves, found = _rows(setup, stream, split, "degrade", patterns, bar, size, **protocol)
     if not curves:
         raise UserError(f"none of the first {len(split)} validation images can be read: mend the files")
+    if baseline is not None:
+        curves["random_order"] = baseline
+    elif ranks.first():
+        setup.cache.save("baselines", key, {"random_order": curves["random_order"].double()}, setup.names)
     names = [name for name in map(split.name, range(len(split))) if name not in set(found.unreadable)]
     named = {curve_name(setup, name): curves[name] for name in ("random_order", method.name)}
     return named, {name: area_over_curve(curve.double()) for name, curve in named.items()}, names, found
+
+
+def _kept_baseline(setup: Setup, key: str) -> Tensor | None:
+    """The random order's curves (images, steps + 1) where an earlier job left them in the cache, in every process."""
+    entry = setup.cache.load("baselines", key) if ranks.first() else None
+    rows = None if entry is None else entry[0]["random_order"]
+    shape = ranks.text_from_any("" if rows is None else json.dumps(list(rows.shape)))
+    if not shape:
+        return None
+    return ranks.from_first(torch.zeros(json.loads(shape), dtype=torch.float64) if rows is None else rows)
 
 
 def area_intervals(setup: Setup, areas: Mapping[str, Tensor]) -> dict[str, list[float]]:

@@ -397,6 +397,7 @@ class DegradationStream(RowStream):
         steps: patches to replace.
         random_order: see above.
         order, how, value: which patches come first and what replaces them, as in ``core.degradation``.
+        baseline: whether to take the random order's curve, too.
     """
 
     def __init__(
@@ -409,14 +410,16 @@ class DegradationStream(RowStream):
         order: str = "most",
         how: str = "mean",
         value: float = 0.0,
+        baseline: bool = True,
     ) -> None:
         super().__init__(model, len(random_order))
+        self.baseline = baseline
         self.methods, self.patch, self.steps, self.random_order = methods, patch, steps, random_order
         self.order, self.how, self.value = order, how, value
 
     def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
         predicted = answers(self.model, images, positions).argmax(1)
-        ranks = {"random_order": self.random_order[positions.cpu()].to(images.device)}
+        ranks = {"random_order": self.random_order[positions.cpu()].to(images.device)} if self.baseline else {}
         for name, method in self.methods.items():
             ranks[name] = rank_patches(method.attribute(images, predicted), self.patch, self.order)
         replaced_by = replacement(images, self.patch, self.how, self.value)

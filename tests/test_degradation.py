@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
@@ -15,6 +16,7 @@ from pattern_bench.core.degradation import (
     rank_patches,
     replacement,
 )
+from pattern_bench.streams import DegradationStream
 
 
 def test_a_case_computed_by_hand():
@@ -106,3 +108,26 @@ def test_the_interval_of_a_mean_is_the_normal_one_for_many_images():
     half = 1.96 * float(values.std()) / 4000**0.5
     assert low == pytest.approx(float(values.mean()) - half, abs=0.02)
     assert high == pytest.approx(float(values.mean()) + half, abs=0.02)
+
+
+def test_the_random_order_is_taken_once_for_all_methods(run_job, tmp_path, monkeypatch):
+    taken = []
+    visit = DegradationStream.visit
+
+    def watched(self, *batch):
+        taken.append(self.baseline)
+        visit(self, *batch)
+
+    monkeypatch.setattr(DegradationStream, "visit", watched)
+    settings = ["data.limit=200", "model.training.epochs=1", "explanation.images=1", "estimator=x"]
+    settings += [f"cache.dir={tmp_path / 'cache'}", "degradation.images=6"]
+    tables = []
+    for changed in (["method=gradient"], ["method=deconvnet"], ["method=gradient", "degradation.order=least"],
+                    ["method=gradient", "degradation.replacement=blur"], ["method=gradient", "seed=1"]):  # fmt: skip
+        folder = run_job(*settings, *changed)
+        tables.append(pd.read_csv(folder / "degradation.csv").query("method.str.startswith('random_order')"))
+    assert taken == [True, False, False, True, True]
+    for other in tables[1:3]:
+        pd.testing.assert_frame_equal(tables[0], other)
+    assert not tables[0].probability_mean.equals(tables[3].probability_mean)
+    assert not tables[0].probability_mean.equals(tables[4].probability_mean)

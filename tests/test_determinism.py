@@ -139,14 +139,14 @@ def drawn(what, setup, bar):
     if what == "random directions":
         return fitting.fit_pattern(setup, "features.2", None).positive
     if what == "sampled positions":
-        return fitting.collect(setup, "fit", False, bar)[0]["features.0"].xg
+        return fitting.collect(setup, "fit", fitting.all_samples(setup, gram=False), bar)[0]["features.0"].xg
     if what in ("smoothgrad", "prediction_difference"):
         return explanations.method_of(setup, {}).attribute(images, torch.tensor([1, 2, 3]))
     if what == "random patch order":
         return explanations.degrade(setup, {}, bar)[0]["random_order"]
     if what == "intervals":
-        curves = {"a": torch.rand(50, 4, generator=torch.Generator().manual_seed(0))}
-        return torch.tensor(explanations.area_intervals(setup, curves)["a"])
+        areas = {"a": torch.rand(50, generator=torch.Generator().manual_seed(0)).double()}
+        return torch.tensor(explanations.area_intervals(setup, areas)["a"])
     return torch.tensor(setup.seed("bootstrap 0"))
 
 
