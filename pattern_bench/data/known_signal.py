@@ -1,0 +1,197 @@
+"""Images whose signal and distractor are known for every pixel: two tetrominoes in a 1/f background, and suppressors.
+
+In the spirit of Haufe et al. 2014 ("On the interpretation of weight vectors of linear models in multivariate
+neuroimaging"), Wilming et al. 2022 ("Scrutinizing XAI using linear ground-truth data with suppressor variables") and
+Clark et al. 2024 ("XAI-TRIS"), from which the tetrominoes, their places and the weights of the sum are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pattern_bench.data.source import Pool, Source, TensorPool
+from pattern_bench.errors import UserError, did_you_mean
+
+SCENARIOS = ("linear", "multiplicative", "translation")
+UNITS = 8
+"""An image's side is counted in so many units; a square of a tetromino is one wide."""
+T = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
+L = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+T_AT, L_AT = (1, 1), (4, 5)
+SUPPRESSORS = ((1, 5), (5, 1))
+"""Where squares of 2×2 units show the distractor alone; ``translation`` has it in its two lowest rows of units."""
+
+
+@dataclass(frozen=True)
+class KnownSignal:
+    """Images and what they are made of. n images of ``side`` pixels; ``images = signal + distractor``.
+
+    Attributes:
+        images: (n, 1, side, side) float32, scaled so that the mean square of all pixels is 1.
+        labels: (n,) int64, 0 for T and 1 for L, as many of one as of the other (within one).
+        signal: (n, 1, side, side), what of an image depends on its class, see :func:`draw`.
+        distractor: (n, 1, side, side), what does not: background, suppressor, and what both classes share.
+        truth: (n, side, side) bool, the pixels where the class shows.
+        suppressor: (side, side) bool, pixels outside of every truth mask that show the distractor alone: they tell
+            nothing of the class, and a filter needs them to cancel the distractor elsewhere.
+    """
+
+    images: Tensor
+    labels: Tensor
+    signal: Tensor
+    distractor: Tensor
+    truth: Tensor
+    suppressor: Tensor
+
+
+def draw(scenario: str, side: int, signal: float, suppressor: float, samples: int, seed: int) -> KnownSignal:
+    """Images of one scenario. With s = 1 for T and -1 for L, the tetrominoes T and L as images of zeros and ones, B a
+    Gaussian background whose amplitude falls with 1/f, ε one Gaussian number for each image, and α = ``signal``:
+
+    - ``linear``: x = α s (T - L) + (1-α) B + D. Both stand at fixed places, T positive where L is negative: XAI-TRIS's
+      images less their mean over the classes, since the absence of one tells as much as the presence of the other.
+    - ``multiplicative``: x = (1 - α P) B + D with P = T or L. The mean over the classes is (1 - α (T+L)/2) B, which is
+      distractor; the signal is the rest, -α s (T-L)/2 B. It changes its sign with the background.
+    - ``translation``: x = α P + (1-α) B + D with P = T or L at any place above the suppressor. The signal is α P.
+
+    As in XAI-TRIS, T - L, P and B are divided by their Frobenius norm over all images first (here: so that the mean
+    square norm of an image is 1); in ``multiplicative`` only B is. D = β v ε (C + R) is the suppressor's distractor,
+    β = ``suppressor``: C = T - L where they stand in that image, R the suppressor's pixels, v the root mean square of
+    the signal on the truth masks. It has the direction in which the classes differ, so that only R can cancel it:
+    the example x₁ = s + ε, x₂ = ε of Haufe et al.
+
+    Args:
+        scenario: one of ``SCENARIOS``.
+        side: pixels, at least 8; beyond the largest multiple of 8 there is background alone.
+        signal: α, above 0 and below 1.
+        suppressor: β, the deviation of the distractor in units of the signal's; 0 for none.
+        samples: images.
+        seed: of all draws; the same seed gives the same images.
+
+    Raises:
+        UserError: where a setting is not possible.
+    """
+    _check(scenario, side, signal, suppressor, samples)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(samples)[torch.randperm(samples, generator=generator)] % 2
+    t, l = _tetrominoes(scenario, side, samples, generator)  # noqa: E741  the letter that it looks like
+    background = _background(side, samples, generator)
+    epsilon = torch.randn(samples, generator=generator)[:, None, None]
+    is_t = (labels == 0)[:, None, None]
+    s, shown, contrast = torch.where(is_t, 1.0, -1.0), torch.where(is_t, t, l), t - l
+    if scenario == "linear":
+        made, rest = signal * _normed(s * contrast), (1 - signal) * background
+    elif scenario == "multiplicative":
+        made, rest = -signal * s * contrast / 2 * background, (1 - signal * (t + l) / 2) * background
+    else:
+        made, rest = signal * _normed(shown), (1 - signal) * background
+    truth = (shown if scenario == "translation" else contrast.expand_as(made)) != 0
+    region = _suppressor(scenario, side)
+    amplitude = made[truth].square().mean().sqrt()
+    rest = rest + suppressor * amplitude * epsilon * (contrast + region)
+    scale = 1 / (made + rest).square().mean().sqrt()
+    made, rest = (part[:, None] * scale for part in (made, rest))
+    return KnownSignal(made + rest, labels, made, rest, truth, region)
+
+
+def _check(scenario: str, side: int, signal: float, suppressor: float, samples: int) -> None:
+    if scenario not in SCENARIOS:
+        raise UserError(f"data.scenario={scenario} is unknown: {did_you_mean(scenario, SCENARIOS)}")
+    for name, value, least in (("side", side, UNITS), ("samples", samples, 2)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"data.{name}={value} is not possible: give a whole number of at least {least}")
+    if not isinstance(signal, int | float) or not 0 < signal < 1:
+        raise UserError(f"data.signal={signal} is not possible: give the signal's share, above 0 and below 1")
+    if not isinstance(suppressor, int | float) or not 0 <= suppressor < float("inf"):
+        raise UserError(f"data.suppressor={suppressor} is not possible: give a number of at least 0, 0 for none")
+
+
+def _tetrominoes(scenario: str, side: int, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """T and L as they stand, or would stand, in each image: (n or 1, side, side) each."""
+    unit = side // UNITS
+    if scenario != "translation":
+        return (_placed(shape, [(row * unit, column * unit)], side) for shape, (row, column) in ((T, T_AT), (L, L_AT)))
+    rows = torch.randint(side - 5 * unit + 1, (samples,), generator=generator).tolist()
+    columns = torch.randint(side - 2 * unit + 1, (samples,), generator=generator).tolist()
+    at = list(zip(rows, columns, strict=True))
+    return _placed(T, at, side), _placed(L, at, side)
+
+
+def _placed(shape: Tensor, at: list[tuple[int, int]], side: int) -> Tensor:
+    """The shape with squares of one unit, its top left pixel ``at`` each place: (len(at), side, side)."""
+    large = torch.kron(shape, torch.ones(side // UNITS, side // UNITS))
+    images = torch.zeros(len(at), side, side)
+    for image, (row, column) in zip(images, at, strict=True):
+        image[row : row + len(large), column : column + large.shape[1]] = large
+    return images
+
+
+def _suppressor(scenario: str, side: int) -> Tensor:
+    unit = side // UNITS
+    if scenario == "translation":
+        return torch.arange(side)[:, None].expand(side, side) >= side - 2 * unit
+    return _placed(torch.ones(2, 2), [(row * unit, column * unit) for row, column in SUPPRESSORS], side).any(0)
+
+
+def _background(side: int, samples: int, generator: torch.Generator) -> Tensor:
+    """(n, side, side), cut from images of twice the side, whose opposite edges would otherwise be alike."""
+    frequency = torch.hypot(torch.fft.fftfreq(2 * side)[:, None], torch.fft.rfftfreq(2 * side)[None])
+    # The mean of the large image would have an infinite amplitude.
+    amplitude = 1 / frequency.clamp(min=1 / (2 * side))
+    found = torch.empty(samples, side, side)
+    for part in found.split(256):
+        white = torch.randn(len(part), 2 * side, 2 * side, generator=generator)
+        part.copy_(torch.fft.irfft2(torch.fft.rfft2(white) * amplitude, s=white.shape[1:])[:, :side, :side])
+    return _normed(found)
+
+
+def _normed(images: Tensor) -> Tensor:
+    """Divided by a number, so that the mean square norm of an image is 1."""
+    return images / images.flatten(1).square().sum(1).mean().sqrt()
+
+
+class Known(Source):
+    """The images of :func:`draw`, with everything that is known of them in ``known``.
+
+    Args:
+        scenario: ``linear``, ``multiplicative`` or ``translation``.
+        side: pixels.
+        signal: α, the signal's share.
+        suppressor: β, the distractor's strength in units of the signal's.
+        samples: images.
+        data_seed: seed of the draws.
+
+    Raises:
+        UserError: where a setting is not possible.
+    """
+
+    def __init__(
+        self,
+        *,
+        scenario: str,
+        side: int,
+        signal: float,
+        suppressor: float,
+        samples: int,
+        data_seed: int,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        _check(scenario, side, signal, suppressor, samples)
+        self.settings = (scenario, side, signal, suppressor, samples, data_seed)
+        if scenario == "linear":
+            self.signal = (_placed(T, side // UNITS, [T_AT], side, side // UNITS)
+                           - _placed(L, side // UNITS, [L_AT], side, side // UNITS)).flatten().double()  # fmt: skip
+
+    @property
+    def known(self) -> KnownSignal:
+        """All images and what they are made of, drawn anew."""
+        return draw(*self.settings)
+
+    def pools(self) -> tuple[Pool, Pool | None]:
+        known = self.known
+        return TensorPool(known.images, known.labels, 2), None
