@@ -70,7 +70,9 @@ def _transport(given: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         # What leaves is what arrives, so the last of these equations says nothing new.
         blocks.append(vstack([leaving, arriving[:-1]]) if len(goals) > 1 else leaving)
         sums.append(np.concatenate([source, target[goals][:-1]]))
-    solved = linprog(np.concatenate(costs), A_eq=block_diag(blocks, "csr"), b_eq=np.concatenate(sums), method="highs-ds")
+    solved = linprog(
+        np.concatenate(costs), A_eq=block_diag(blocks, "csr"), b_eq=np.concatenate(sums), method="highs-ds"
+    )
     if solved.x is None:
         raise RuntimeError(f"the transport has no solution: {solved.message}")
     ends = np.cumsum([len(cost) for cost in costs])[:-1]

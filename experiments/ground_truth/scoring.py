@@ -1,9 +1,10 @@
-"""One setting and one seed: draw the images, train the networks, explain, and score every heat map against the truth."""
+"""One setting and one seed: draw the images, train the networks, explain, and score every heat map for truth."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -57,6 +58,13 @@ def score(setting: Setting, seed: int) -> pd.DataFrame:
     for column, name in enumerate(("scenario", "side", "signal", "suppressor")):
         table.insert(column, name, getattr(setting, name))
     return table.assign(seed=seed)
+
+
+def keep_score(setting: Setting, seed: int, file: Path) -> Path:
+    """Writes :func:`score` to a CSV file, whole or not at all."""
+    part = file.with_suffix(".part")
+    score(setting, seed).to_csv(part, index=False)
+    return part.rename(file)
 
 
 def _of_one_network(setting: Setting, known: KnownSignal, model: str, seed: int) -> pd.DataFrame:

@@ -78,7 +78,7 @@ def draw(scenario: str, side: int, signal: float, suppressor: float, samples: in
     _check(scenario, side, signal, suppressor, samples)
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(samples)[torch.randperm(samples, generator=generator)] % 2
-    t, l = _tetrominoes(scenario, side, samples, generator)  # noqa: E741  the letter that it looks like
+    t, l = _moved(side, samples, generator) if scenario == "translation" else _fixed(side)
     background = _background(side, samples, generator)
     epsilon = torch.randn(samples, generator=generator)[:, None, None]
     is_t = (labels == 0)[:, None, None]
@@ -110,11 +110,15 @@ def _check(scenario: str, side: int, signal: float, suppressor: float, samples: 
         raise UserError(f"data.suppressor={suppressor} is not possible: give a number of at least 0, 0 for none")
 
 
-def _tetrominoes(scenario: str, side: int, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """T and L as they stand, or would stand, in each image: (n or 1, side, side) each."""
+def _fixed(side: int) -> tuple[Tensor, Tensor]:
+    """T and L at their places, (1, side, side) each."""
     unit = side // UNITS
-    if scenario != "translation":
-        return (_placed(shape, [(row * unit, column * unit)], side) for shape, (row, column) in ((T, T_AT), (L, L_AT)))
+    return _placed(T, [(T_AT[0] * unit, T_AT[1] * unit)], side), _placed(L, [(L_AT[0] * unit, L_AT[1] * unit)], side)
+
+
+def _moved(side: int, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """T and L as they stand, or would stand, in each image, above the suppressor: (n, side, side) each."""
+    unit = side // UNITS
     rows = torch.randint(side - 5 * unit + 1, (samples,), generator=generator).tolist()
     columns = torch.randint(side - 2 * unit + 1, (samples,), generator=generator).tolist()
     at = list(zip(rows, columns, strict=True))
@@ -184,8 +188,8 @@ class Known(Source):
         _check(scenario, side, signal, suppressor, samples)
         self.settings = (scenario, side, signal, suppressor, samples, data_seed)
         if scenario == "linear":
-            self.signal = (_placed(T, side // UNITS, [T_AT], side, side // UNITS)
-                           - _placed(L, side // UNITS, [L_AT], side, side // UNITS)).flatten().double()  # fmt: skip
+            t, l = _fixed(side)
+            self.signal = (t - l).flatten().double()
 
     @property
     def known(self) -> KnownSignal:
