@@ -65,8 +65,8 @@ def _transport(given: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     for source, target in zip(given, wanted, strict=True):
         goals = target.nonzero()[0]
         costs.append(distance[:, goals].ravel())
-        leaving = kron(csr_array(np.eye(cells)), np.ones((1, len(goals))))
-        arriving = kron(np.ones((1, cells)), csr_array(np.eye(len(goals))))
+        leaving = kron(csr_array(np.eye(cells)), np.ones((1, len(goals))), "csr")
+        arriving = kron(np.ones((1, cells)), csr_array(np.eye(len(goals))), "csr")
         # What leaves is what arrives, so the last of these equations says nothing new.
         blocks.append(vstack([leaving, arriving[:-1]]) if len(goals) > 1 else leaving)
         sums.append(np.concatenate([source, target[goals][:-1]]))

@@ -86,7 +86,8 @@ def draw_sweep(table: pd.DataFrame, path: Path) -> None:
                 curve = part[(part.model == model) & (part.estimator == who[0]) & (part.method == who[1])]
                 dashes = (0, style.dashes) if style.dashes else "-"
                 colour = legible(style.colour)
-                axis.plot(curve[setting], curve.precision, label=label(*who), color=colour, linestyle=dashes)
+                axis.plot(curve[setting], curve.precision, label=label(*who), color=colour, linestyle=dashes,
+                          marker="o", markersize=3)  # fmt: skip
                 axis.fill_between(
                     curve[setting], curve.precision - curve.precision_error, curve.precision + curve.precision_error,
                     color=colour, alpha=0.12, linewidth=0,

@@ -67,9 +67,9 @@ def correlations(raw: pd.DataFrame) -> pd.DataFrame:
         for explanations, among in kinds.items() if of_rho else [("methods", raw.method != "")]:
             for score, sign in RIGHT.items():
                 each = _spearman(raw[among], predictor, score, ["method"] if of_rho else [])
-                for model, values in each.groupby("model"):
-                    error = half_width(values)
-                    rows.append([predictor, explanations, score, model, sign * values.mean(), error, values.count()])
+                for model in [model for model in MODELS if model in each.index]:
+                    mean, error = sign * each[model].mean(), half_width(each[model])
+                    rows.append([predictor, explanations, score, model, mean, error, each[model].count()])
     columns = ["predictor", "explanations", "score", "model", "correlation", "correlation_error", "seeds"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -106,8 +106,7 @@ def accuracies(table: pd.DataFrame) -> str:
         own = part.set_index("model")
         found = [with_error(own.accuracy[model], own.accuracy_error[model]) for model in MODELS]
         marked = [text if own.reached[model] else f"*{text}*" for text, model in zip(found, MODELS, strict=True)]
-        first = own.iloc[0]
-        rows.append([f"{scenario}, {side}×{side}", f"{first.signal:g}", f"{first.suppressor:g}", *marked])
+        rows.append([f"{scenario}, {side}×{side}", f"{own.signal.iloc[0]:g}", f"{own.suppressor.iloc[0]:g}", *marked])
     return markdown(pd.DataFrame(rows, columns=["scenario", "α", "β", *(NAMES[model] for model in MODELS)]))
 
 
@@ -154,5 +153,5 @@ def predictions(found: pd.DataFrame) -> str:
             for model in MODELS
         ]
         what = "precision" if score == "precision" else "little on suppressors"
-        rows.append([PREDICTORS[predictor], explanations, what, *cells])
+        rows.append([PREDICTORS[str(predictor)], explanations, what, *cells])
     return markdown(pd.DataFrame(rows, columns=["predictor", "among", "predicts", *(NAMES[model] for model in MODELS)]))
