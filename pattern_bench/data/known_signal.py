@@ -22,8 +22,9 @@ UNITS = 8
 T = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
 L = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
 T_AT, L_AT = (1, 1), (4, 5)
-SUPPRESSORS = ((1, 5), (5, 1))
-"""Where squares of 2×2 units show the distractor alone; ``translation`` has it in its two lowest rows of units."""
+SUPPRESSORS = {"linear": [(1, 5), (5, 1)], "multiplicative": [(1, 5), (5, 1)], "translation": [(6, 3)]}
+"""Where squares of 2×2 units show the distractor alone: as many pixels as show the class. In ``translation`` no
+tetromino reaches the two lowest rows of units."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _fixed(side: int) -> tuple[Tensor, Tensor]:
 def _moved(side: int, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """T and L as they stand, or would stand, in each image, above the suppressor: (n, side, side) each."""
     unit = side // UNITS
-    rows = torch.randint(side - 5 * unit + 1, (samples,), generator=generator).tolist()
+    rows = torch.randint(3 * unit + 1, (samples,), generator=generator).tolist()
     columns = torch.randint(side - 2 * unit + 1, (samples,), generator=generator).tolist()
     at = list(zip(rows, columns, strict=True))
     return _placed(T, at, side), _placed(L, at, side)
@@ -135,10 +136,8 @@ def _placed(shape: Tensor, at: list[tuple[int, int]], side: int) -> Tensor:
 
 
 def _suppressor(scenario: str, side: int) -> Tensor:
-    unit = side // UNITS
-    if scenario == "translation":
-        return torch.arange(side)[:, None].expand(side, side) >= side - 2 * unit
-    return _placed(torch.ones(2, 2), [(row * unit, column * unit) for row, column in SUPPRESSORS], side).any(0)
+    at = [(row * (side // UNITS), column * (side // UNITS)) for row, column in SUPPRESSORS[scenario]]
+    return _placed(torch.ones(2, 2), at, side).any(0)
 
 
 def _background(side: int, samples: int, generator: torch.Generator) -> Tensor:
