@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.skipif(not (ROOT / "experiments").is_dir(), reason="experiments are not part of the source distribution")
 def test_the_quick_run_scores_every_method(command, tmp_path):
     page = (ROOT / "experiments/ground_truth/README.md").read_text()
-    done = command("--quick", "--runs", tmp_path, module="experiments.ground_truth", cwd=ROOT)
+    done = command("--quick", "--workers", 1, "--runs", tmp_path, module="experiments.ground_truth", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     scores = pd.read_csv(tmp_path / "scores.csv", keep_default_na=False, na_values=[""])
     assert len(scores) == 3 * 21

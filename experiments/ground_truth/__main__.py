@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -40,7 +42,7 @@ QUICK = Setting("linear", 8, 0.5, 1.0, train=600, validation=200, epochs=10, exp
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments/ground_truth"), help="where runs are kept")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each; 1 starts none")
     parser.add_argument("--quick", action="store_true", help="one small setting; all goes to --runs, without tables")
     options = parser.parse_args(arguments)
     options.runs.mkdir(parents=True, exist_ok=True)
@@ -75,8 +77,12 @@ def collect(settings: list[Setting], seeds: Sequence[int], runs: Path, workers: 
 
 
 def _keep(left: list[tuple[Setting, int, Path]], workers: int) -> None:
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for number, file in enumerate(pool.map(keep_score, *zip(*left, strict=True)), start=1):
+    with ExitStack() as stack:
+        each: Any = map
+        if workers > 1:
+            processes = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
+            each = stack.enter_context(processes).map
+        for number, file in enumerate(each(keep_score, *zip(*left, strict=True)), start=1):
             print(f"{number} of {len(left)}: {file.stem}", flush=True)
 
 
