@@ -19,7 +19,7 @@ from experiments.ground_truth.tables import NAMES, label
 from pattern_bench.figures import LABELS
 from pattern_bench.styles import GREY, curve_styles, estimator_colours, legible
 
-DPI = 130
+DPI = 120
 MARKERS = dict(zip(MODELS, "sD^", strict=True))
 SHOWN = [
     ("a", "pattern_net"), ("a_plus_minus", "pattern_net"), ("a", "pattern_attribution"),
@@ -48,7 +48,8 @@ def draw_predicts(table: pd.DataFrame, correlations: pd.DataFrame, path: Path) -
                 zorder=1 if row.estimator == "none" else 2,
             )  # fmt: skip
         chosen = correlations[
-            (correlations.predictor == predictor) & (correlations.explanations == among)
+            (correlations.scenario == "all")
+            & (correlations.predictor == predictor) & (correlations.explanations == among)
             & (correlations.score == "precision")
         ]  # fmt: skip
         texts = [

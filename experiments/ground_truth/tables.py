@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
 import pandas as pd
 from scipy import stats
 
@@ -61,25 +64,27 @@ def correlations(raw: pd.DataFrame) -> pd.DataFrame:
     raw = reached(raw)
     raw = raw[~raw.method.isin(BASELINES)]
     kinds = {"estimators": raw.estimator != "none", "estimators but random": ~raw.estimator.isin(["none", "random"])}
-    rows = []
+    rows: list[list[Any]] = []
     for predictor in PREDICTORS:
         of_rho = predictor.startswith("rho")
         for explanations, among in kinds.items() if of_rho else [("methods", raw.method != "")]:
             for score, sign in RIGHT.items():
-                each = _spearman(raw[among], predictor, score, ["method"] if of_rho else [])
-                for model in [model for model in MODELS if model in each.index]:
-                    mean, error = sign * each[model].mean(), half_width(each[model])
-                    rows.append([predictor, explanations, score, model, mean, error, each[model].count()])
-    columns = ["predictor", "explanations", "score", "model", "correlation", "correlation_error", "seeds"]
+                each = sign * _spearman(raw[among], predictor, score, ["method"] if of_rho else [])
+                parts = {"all": each} | {str(name): part for name, part in each.groupby("scenario", sort=False)}
+                for (scenario, part), model in product(parts.items(), MODELS):
+                    values = part[part.index.get_level_values("model") == model].groupby("seed").mean()
+                    if len(values):
+                        found = [values.mean(), half_width(values), values.count()]
+                        rows.append([predictor, explanations, score, scenario, model, *found])
+    columns = ["predictor", "explanations", "score", "scenario", "model", "correlation", "correlation_error", "seeds"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def _spearman(raw: pd.DataFrame, predictor: str, score: str, apart: list[str]) -> pd.Series:
-    """Of the two columns in each network (and ``apart``), the mean over settings, by model and seed."""
-    cells = raw.groupby([*KEYS, "seed", *apart])[[predictor, score]]
+    """Of the two columns in each network (and ``apart``)."""
+    cells = raw.groupby([*KEYS, "seed", *apart], sort=False)[[predictor, score]]
     # Where all values of a column are the same there are no ranks, and the cell is left out.
-    each = cells.apply(lambda cell: stats.spearmanr(*cell.dropna().T.to_numpy()).statistic)
-    return each.groupby(["model", "seed"]).mean()
+    return cells.apply(lambda cell: stats.spearmanr(*cell.dropna().T.to_numpy()).statistic)
 
 
 # --- the page ---
@@ -117,9 +122,9 @@ def precisions(table: pd.DataFrame) -> str:
         columns = {"precision": [label(*who) for who in in_order(part)]}
         for (scenario, model), cell in part.groupby(["scenario", "model"], sort=False):
             own = cell.set_index(WHO)
-            best = own.precision.max()
+            best = round(own.precision.max(), 2)
             columns[f"{scenario}, {NAMES[str(model)]}"] = [
-                f"**{text}**" if own.precision[who] == best else text
+                f"**{text}**" if round(own.precision[who], 2) == best else text
                 for who in in_order(part)
                 for text in [with_error(own.precision[who], own.precision_error[who])]
             ]
@@ -143,15 +148,23 @@ def _digits(score: str) -> int:
 
 
 def predictions(found: pd.DataFrame) -> str:
-    """Predictors and what they are compared among × models, for precision and for the share on suppressors."""
+    """Predictors and what they are compared among × models, for precision and for the share on suppressors; and for
+    precision × scenarios and models."""
     chosen = found[found.score.isin(["precision", "on_suppressors"])]
+    whats = {"precision": "precision", "on_suppressors": "little on suppressors"}
+    first = chosen[chosen.scenario == "all"]
+    first = first.assign(column=first.model.map(NAMES), what=first.score.map(whats))
+    second = found[(found.scenario != "all") & (found.score == "precision")]
+    second = second.assign(column=second.scenario + ", " + second.model.map(NAMES), what="precision")
+    return f"{_crossed(first)}\n\nPrecision by scenario:\n\n{_crossed(second)}"
+
+
+def _crossed(found: pd.DataFrame) -> str:
+    """Predictor, among and what × columns."""
+    columns = found.column.unique()
     rows = []
-    for (predictor, explanations, score), part in chosen.groupby(["predictor", "explanations", "score"], sort=False):
-        own = part.set_index("model")
-        cells = [
-            with_error(own.correlation[model], own.correlation_error[model]) if model in own.index else "–"
-            for model in MODELS
-        ]
-        what = "precision" if score == "precision" else "little on suppressors"
-        rows.append([PREDICTORS[str(predictor)], explanations, what, *cells])
-    return markdown(pd.DataFrame(rows, columns=["predictor", "among", "predicts", *(NAMES[model] for model in MODELS)]))
+    for (predictor, among, what), part in found.groupby(["predictor", "explanations", "what"], sort=False):
+        own = part.set_index("column")
+        cells = [with_error(own.correlation[name], own.correlation_error[name]) for name in columns]
+        rows.append([PREDICTORS[str(predictor)], among, what, *cells])
+    return markdown(pd.DataFrame(rows, columns=["predictor", "among", "predicts", *columns]))
