@@ -29,40 +29,45 @@ SHOWN = [
 
 
 def draw_predicts(table: pd.DataFrame, correlations: pd.DataFrame, path: Path) -> None:
-    """Precision over ρ and over the two areas; a point is an explanation in a setting, the mean over seeds."""
+    """Precision over ρ and over the two areas, a row for each scenario; a point is the mean over seeds of one explanation
+    in one setting. Above each panel stand the correlations in one network, of each model."""
     table = table[table.reached & ~table.method.isin(BASELINES)]
-    colours = {name: legible(colour) for name, colour in estimator_colours(ESTIMATORS).items()}
+    colours = {name: legible(colour) for name, colour in estimator_colours(ESTIMATORS).items()} | {"none": GREY}
     panels = {
         "rho_first": (r"$\rho$ of the first layer", "estimators"),
         "area_mean": ("area over the curve, patches' mean", "methods"),
         "area_zero": ("area over the curve, patches at zero", "methods"),
     }
+    scenarios = table.scenario.unique()
     with sns.axes_style("whitegrid"):
-        figure, axes = plt.subplots(1, 3, sharey=True, figsize=(13, 4.6), layout="constrained")
-    for axis, (predictor, (xlabel, among)) in zip(axes, panels.items(), strict=True):
-        for row in table.dropna(subset=[predictor]).itertuples():
-            colour = colours.get(str(row.estimator), GREY) if row.estimator != "none" else GREY
-            axis.scatter(
-                getattr(row, predictor), row.precision, marker=MARKERS[str(row.model)], s=26, linewidths=1.1,
-                edgecolors=colour, facecolors="none" if row.method == "pattern_net" else colour, alpha=0.75,
-                zorder=1 if row.estimator == "none" else 2,
-            )  # fmt: skip
-        chosen = correlations[
-            (correlations.scenario == "all")
-            & (correlations.predictor == predictor) & (correlations.explanations == among)
-            & (correlations.score == "precision")
-        ]  # fmt: skip
-        texts = [
-            f"{NAMES[str(row.model)]} {row.correlation:.2f} ± {row.correlation_error:.2f}"
-            for row in chosen.itertuples()
-        ]
-        axis.set(xlabel=xlabel, ylim=(-0.03, 1.03))
-        axis.set_title("rank correlation in a network:\n" + ", ".join(texts), fontsize=9)
-    axes[0].set_ylabel("precision at the truth mask's size")
+        figure, axes = plt.subplots(
+            len(scenarios), 3, squeeze=False, sharey=True, sharex="col", figsize=(12.5, 0.6 + 3.2 * len(scenarios)),
+            layout="constrained",
+        )  # fmt: skip
+    for line, scenario in zip(axes, scenarios, strict=True):
+        for axis, (predictor, (xlabel, among)) in zip(line, panels.items(), strict=True):
+            for row in table[table.scenario == scenario].dropna(subset=[predictor]).itertuples():
+                colour = colours[str(row.estimator)]
+                axis.scatter(
+                    getattr(row, predictor), row.precision, marker=MARKERS[str(row.model)], s=26, linewidths=1.1,
+                    edgecolors=colour, facecolors="none" if row.method == "pattern_net" else colour, alpha=0.8,
+                    zorder=1 if row.estimator == "none" else 2,
+                )  # fmt: skip
+            chosen = correlations[
+                (correlations.scenario == scenario) & (correlations.predictor == predictor)
+                & (correlations.explanations == among) & (correlations.score == "precision")
+            ]  # fmt: skip
+            texts = [f"{NAMES[str(row.model)]} {row.correlation:.2f} ± {row.correlation_error:.2f}"
+                     for row in chosen.itertuples()]  # fmt: skip
+            axis.set(ylim=(-0.04, 1.04))
+            axis.set_title("rank correlation\n" + ", ".join(texts), fontsize=8)
+            if scenario == scenarios[-1]:
+                axis.set_xlabel(xlabel)
+        line[0].set_ylabel(f"{scenario}\nprecision")
     handles = [_mark(LABELS[name], color=colours[name]) for name in ESTIMATORS] + [_mark("no patterns", color=GREY)]
     handles += [_mark("PatternNet", color="black", markerfacecolor="none"), _mark("all others", color="black")]
     handles += [_mark(NAMES[model], color="black", marker=MARKERS[model]) for model in MODELS]
-    axes[-1].legend(handles=handles, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[0][-1].legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=DPI, bbox_inches="tight")
     plt.close(figure)
 
