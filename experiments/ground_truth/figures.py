@@ -29,8 +29,8 @@ SHOWN = [
 
 
 def draw_predicts(table: pd.DataFrame, correlations: pd.DataFrame, path: Path) -> None:
-    """Precision over ρ and over the two areas, a row for each scenario; a point is the mean over seeds of one explanation
-    in one setting. Above each panel stand the correlations in one network, of each model."""
+    """Precision over ρ and over the two areas, a row for each scenario; a point is the mean over seeds of one
+    explanation in one setting. Above each panel stand the correlations in one network, of each model."""
     table = table[table.reached & ~table.method.isin(BASELINES)]
     colours = {name: legible(colour) for name, colour in estimator_colours(ESTIMATORS).items()} | {"none": GREY}
     panels = {
