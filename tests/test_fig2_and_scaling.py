@@ -70,13 +70,13 @@ def test_moments_of_chunks_are_those_of_all_images():
     from experiments.scaling.errors import collected, pattern_errors, total
 
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
-    images = [torch.rand(10, 1, 8, 8) for _ in range(6)]
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)).eval().double()
+    images = [torch.rand(10, 1, 8, 8, dtype=torch.float64) for _ in range(6)]
     chunks = collected(network, images, gram=False)
     (whole,) = collected(network, [torch.cat(images)], gram=False)
     for layer, sums in total(chunks).items():
         for name, tensor in sums.tensors().items():
-            torch.testing.assert_close(tensor, whole[layer].tensors()[name], rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(tensor, whole[layer].tensors()[name], rtol=1e-9, atol=1e-9)
     found = pattern_errors(network, chunks, (10, 30), draws=2)
     assert set(found.n) == {10, 30}
     # The full fit is half made of the thirty images, and two thirds are not of the ten.
