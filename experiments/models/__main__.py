@@ -17,6 +17,7 @@ import seaborn as sns
 import torch
 from matplotlib import pyplot as plt
 
+from experiments.fig3_signal_estimators.__main__ import BOOTSTRAP, FEW
 from experiments.jobs import CIFAR, SQUEEZENET, VGG16, arguments, cifar, given, settings, sweep
 from experiments.pages import markdown, write_block
 from pattern_bench.files import read_tensors
@@ -128,7 +129,8 @@ def main() -> None:
             found.append(layers.assign(model=title, data="CIFAR-10", seed=seed))
     for title, network in IMAGENET.items():
         if network in networks:
-            chosen = [*settings(network, options), "data.batch_size=8", *NOTHING_ELSE, estimators]
+            # In the chunks of the experiment on Fig. 3, whose moments are used again where they are still kept.
+            chosen = [*settings(network, options), *BOOTSTRAP[network], FEW, *NOTHING_ELSE, estimators]
             layers = measured(sweep(options.runs / "models" / network, *chosen))
             found.append(layers.assign(model=title, data="photographs", seed=0))
     if not found:
