@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # the report draws none
 DPI = 200
 PRINT_DPI = 300
 PANELS_ACROSS = 4
+MOST_WIDTH = 21
+"""Of all panels in a row, in inches: what a page still shows legibly."""
 HEAT = "seismic"
 LABELS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
 
@@ -53,13 +55,11 @@ def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Se
     panels = list(table.groupby(["model", "data", "criterion", "probe"], sort=False))
     estimators = ordered([*table.estimator, *(cell[5] for cell in missing)])
     colours = {name: legible(colour) for name, colour in estimator_colours(estimators).items()}
-    across = min(len(panels), PANELS_ACROSS)
+    widths = [max(4.0, min(0.75, 6 / count + 0.2) * count) for count in (p.layer.nunique() for _, p in panels)]
+    across = min(len(panels), PANELS_ACROSS, max(1, int(MOST_WIDTH / max(widths))))
     down = -(-len(panels) // across)
-    layers = max(panel.layer.nunique() for _, panel in panels)
-    widths = [max(4.0, min(0.75, 6 / layers + 0.2) * layers)] * across
-    if down == 1:
-        counts = [panel.layer.nunique() for _, panel in panels]
-        widths = [max(4.0, min(0.75, 6 / count + 0.2) * count) for count in counts]
+    if down > 1:
+        widths = [max(widths)] * across
     with sns.axes_style("whitegrid"):
         figure, axes = plt.subplots(
             down, across, squeeze=False, sharey=True, figsize=(sum(widths) + 1, 4.2 * down),

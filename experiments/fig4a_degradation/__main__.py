@@ -28,8 +28,8 @@ IMAGES = {DIGITS: 359, CIFAR: 500, SQUEEZENET: 50}
 # Thousands of forward passes an image: of so many images, and at 224 pixels in coarser steps than the default.
 FEWER = {
     DIGITS: ["degradation.images=359"],
-    CIFAR: ["degradation.images=50", "method.stride=2"],
-    SQUEEZENET: ["degradation.images=20", "method.window=16", "method.stride=16"],
+    CIFAR: ["degradation.images=50", "++method.stride=2"],
+    SQUEEZENET: ["degradation.images=20", "++method.window=16", "++method.stride=16"],
 }
 BEST = "PatternAttribution, S_a+-"
 
