@@ -31,6 +31,8 @@ PRINT_DPI = 300
 PANELS_ACROSS = 4
 MOST_WIDTH = 21
 """Of all panels in a row, in inches: what a page still shows legibly."""
+MOST_BANDS = 8
+"""More bands than these hide the curves."""
 HEAT = "seismic"
 LABELS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
 
@@ -105,8 +107,8 @@ def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Se
 def draw_degradation(degradation: pd.DataFrame, path: Path, missing: Sequence[tuple[str, ...]] = ()) -> bool:
     """Fig. 4a: mean probability of the class first predicted against the number of replaced patches.
 
-    One panel per model and data set; the band is the standard error over images. What is ``missing``, by model, data,
-    estimator and method, stands in the legend as such.
+    One panel per model and data set; the band is the standard error over images, where there are few curves. What is
+    ``missing``, by model, data, estimator and method, stands in the legend as such.
     """
     if degradation.empty:
         return False
@@ -127,8 +129,9 @@ def draw_degradation(degradation: pd.DataFrame, path: Path, missing: Sequence[tu
             curve = curves[name, method].sort_values("step")
             error = curve.probability_std / curve.n**0.5
             axis.plot(curve.step, curve.probability_mean, label=label, color=colour, linestyle=dashes)
-            axis.fill_between(curve.step, curve.probability_mean - error, curve.probability_mean + error,
-                              color=colour, alpha=0.15, linewidth=0)  # fmt: skip
+            if len(styles) <= MOST_BANDS:
+                axis.fill_between(curve.step, curve.probability_mean - error, curve.probability_mean + error,
+                                  color=colour, alpha=0.15, linewidth=0)  # fmt: skip
         axis.set(
             title=f"{model} on {data} (n = {int(table.n.max())})",
             xlabel="replaced patches", ylabel="probability of the predicted class", ylim=(0, 1.02),
