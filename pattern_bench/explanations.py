@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -231,40 +232,44 @@ def degrade(
         UserError: where none of the images can be read.
     """
     patch, steps = patch_and_steps(setup)
-    count = setup.cfg.degradation.images or len(setup.splits["validation"])
-    split = setup.splits["validation"].first(count)
+    split = setup.splits["validation"].first(setup.cfg.degradation.images or len(setup.splits["validation"]))
     height, width = setup.sample.shape[1:]
     order = random_ranks(len(split), height // patch, width // patch, torch.Generator().manual_seed(setup.cfg.seed))
-    method = method_of(setup, patterns)
     how = setup.cfg.degradation
-    protocol = {"patch": patch, "steps": steps, "replacement": how.replacement, "value": how.value}
-    # The same for every method, so that a sweep takes it once.
-    key = key_of(
-        version=BASELINE_VERSION, model=setup.model_key, images=split.fingerprint, seed=setup.cfg.seed,
-        batch_size=setup.source.batch_size, processes=ranks.size(), **protocol,
-    )  # fmt: skip
-    baseline = _kept_baseline(setup, key)
-    stream = DegradationStream(
-        setup.model, {method.name: method}, patch, steps, order, how.order, how.replacement, how.value, baseline is None
-    )
-    protocol |= {"order": how.order, "baseline": baseline is None}
+    replaced = {"patch": patch, "steps": steps, "replacement": how.replacement, "value": how.value}
+
+    def stream(methods: Mapping[str, Any], baseline: bool) -> DegradationStream:
+        return DegradationStream(
+            setup.model, methods, patch, steps, order, how.order, how.replacement, how.value, baseline
+        )
+
+    method = method_of(setup, patterns)
     size = 1 if method.many_passes else None
-    curves, found = _rows(setup, stream, split, "degrade", patterns, bar, size, **protocol)
+    only = stream({method.name: method}, baseline=False)
+    curves, found = _rows(setup, only, split, "degrade", patterns, bar, size, order=how.order, **replaced)
     if not curves:
         raise UserError(f"none of the first {len(split)} validation images can be read: mend the files")
-    if baseline is not None:
-        curves["random_order"] = baseline
-    elif ranks.first():
-        setup.cache.save("baselines", key, {"random_order": curves["random_order"].double()}, setup.names)
+    # The same for every method, so that a sweep takes it once.
+    shared = {"version": BASELINE_VERSION, "model": setup.model_key, "images": split.fingerprint, **replaced}
+    key = key_of(**shared, seed=setup.cfg.seed, batch_size=setup.source.batch_size, processes=ranks.size())
+    with setup.cache.lock("baselines", key) if ranks.first() else nullcontext():
+        baseline = _kept_baseline(setup, key, len(curves[method.name]))
+        if baseline is None:
+            rows, _ = _rows(setup, stream({}, baseline=True), split, "baseline", {}, bar, None, **replaced)
+            baseline = rows["random_order"].double()
+            if ranks.first():
+                setup.cache.save("baselines", key, {"random_order": baseline}, setup.names)
+    curves["random_order"] = baseline
     names = [name for name in map(split.name, range(len(split))) if name not in set(found.unreadable)]
     named = {curve_name(setup, name): curves[name] for name in ("random_order", method.name)}
     return named, {name: area_over_curve(curve.double()) for name, curve in named.items()}, names, found
 
 
-def _kept_baseline(setup: Setup, key: str) -> Tensor | None:
-    """The random order's curves (images, steps + 1) where an earlier job left them in the cache, in every process."""
+def _kept_baseline(setup: Setup, key: str, images: int) -> Tensor | None:
+    """The random order's curves (images, steps + 1) where an earlier job left those of as many images in the cache, in
+    every process."""
     entry = setup.cache.load("baselines", key) if ranks.first() else None
-    rows = None if entry is None else entry[0]["random_order"]
+    rows = None if entry is None or len(entry[0]["random_order"]) != images else entry[0]["random_order"]
     shape = ranks.text_from_any("" if rows is None else json.dumps(list(rows.shape)))
     if not shape:
         return None

@@ -112,7 +112,7 @@ def test_shared_statistics_are_computed_once_however_many_jobs_need_them(command
     written = Counter((tmp_path / "renames").read_text().split())
     entries = {f"{path.parent.name}/{path.name}" for path in cache.glob("*/*.safetensors")}
     assert {name: written[name] for name in entries} == dict.fromkeys(entries, 1)
-    assert Counter(name.split("/")[0] for name in entries) == {"models": 2, "moments": 2 * 3 * 6}
+    assert Counter(name.split("/")[0] for name in entries) == {"models": 2, "moments": 2 * 3 * 6, "baselines": 2}
 
 
 def test_layers_can_be_swept(command, tmp_path):

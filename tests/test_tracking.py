@@ -218,8 +218,8 @@ def test_files_are_the_folders(tracked):
     found = {name.removeprefix("results/"): content for name, content in tracked.run.files.items()
              if name.startswith("results/")}  # fmt: skip
     assert found.keys() == {
-        "summary.json", "rho.csv", "degradation.csv", "accuracy.json", "splits.csv", "bootstrap.csv", "config.yaml",
-        "rho.png", "degradation.png", "explanations.png",
+        "summary.json", "rho.csv", "degradation.csv", "areas.csv", "accuracy.json", "splits.csv", "bootstrap.csv",
+        "config.yaml", "rho.png", "degradation.png", "explanations.png",
     }  # fmt: skip
     assert [name for name, content in found.items() if content != (tracked.folder / name).read_bytes()] == []
 
