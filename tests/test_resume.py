@@ -95,8 +95,9 @@ def test_every_kept_state_of_every_stage_leads_to_the_same_results(interrupted, 
         cuts += 1
         assert not (folder / "summary.json").exists()
         assert cuts < 100
-    # 120, 120 and 60 images in batches of 16, twice of the last; 3 and 12 images one by one or in one batch; readers.
-    assert cuts == 4 + 8 + 8 + 4 + 1 + 4 + 3 + 1
+    # 120, 120 and 60 images in batches of 16, twice of the last; 3 and 12 images one by one or in one batch, those
+    # in a random order, too; readers.
+    assert cuts == 4 + 8 + 8 + 4 + 1 + 4 + 3 + 1 + 1
     assert same(undisturbed, folder) == []
     assert not (folder / "partial").exists()
     assert json.loads((folder / "summary.json").read_text())["rho"]["all"]["neurons"] == 170

@@ -81,9 +81,11 @@ def test_quiet_shows_the_folder_and_nothing_else(command):
 
 def test_stages_say_how_many_images_they_took_a_second(done):
     rates, seconds = done[1]["images_per_second"], done[1]["seconds"]
-    counts = {"accuracy": 60, "fit_patterns": 120, "fit_probe": 120, "validation_moments": 60, "degrade": 6}
+    counts = {"accuracy": 60, "fit_patterns": 120, "fit_probe": 120, "validation_moments": 60}
     for stage, images in counts.items():
         assert rates[stage] == pytest.approx(images / seconds[stage], rel=0.05, abs=0.2)
+    # Once by the method's order, and by the random one unless another job has left that in the cache.
+    assert any(rates["degrade"] == pytest.approx(n / seconds["degrade"], rel=0.05, abs=0.2) for n in (6, 12))
     assert "rho" not in rates  # counts layers
 
 
