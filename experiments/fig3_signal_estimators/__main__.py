@@ -1,6 +1,6 @@
 """Fig. 3 on four networks, under three criteria: ``python -m experiments.fig3_signal_estimators --help``.
 
-Writes NETWORK.csv and NETWORK.png beside itself, and the tables of README.md.
+Writes by_layer.csv, summary.csv and NETWORK.png beside itself, and the tables of README.md.
 """
 
 from __future__ import annotations
@@ -151,10 +151,12 @@ def summary(table: pd.DataFrame) -> str:
                     | {name: with_error(*values.loc[name, ["mean", "error"]]) for name in ESTIMATORS}
                 )
     found = pd.DataFrame(rows)
-    for column in ("criterion", "network"):  # said once
-        repeated = found.network.eq(found.network.shift()) & found.criterion.eq(found.criterion.shift())
-        repeated = found.network.eq(found.network.shift()) if column == "network" else repeated
-        found[column] = found[column].where(~repeated, "")
+    # Said once.
+    same_network = found.network.eq(found.network.shift())
+    same_criterion = same_network & found.criterion.eq(found.criterion.shift())
+    found = found.assign(
+        network=found.network.mask(same_network, ""), criterion=found.criterion.mask(same_criterion, "")
+    )
     return markdown(found.rename(columns={"w": "S_w", "a": "S_a", "a_plus_minus": "S_a+-"}))
 
 

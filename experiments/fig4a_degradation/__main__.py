@@ -1,6 +1,6 @@
 """Fig. 4a on two networks, every estimator and every method: ``python -m experiments.fig4a_degradation --help``.
 
-Writes NETWORK.png, areas.csv and the tables of README.md.
+Writes NETWORK.csv, NETWORK.png and the tables of README.md.
 """
 
 from __future__ import annotations

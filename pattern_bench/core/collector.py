@@ -126,7 +126,8 @@ class Collector:
         drawn = sampled_positions(self.positions, y[0, 0].numel())
         if drawn or (self.wants_gram and not applies(self.geometry, x.shape[1], tuple(x.shape[2:]))):
             values += (drawn or y[0, 0].numel()) * self.x.numel()
-        images = max(1, self.memory // (values * x.element_size()))
+        # About a shift, temporaries are float64.
+        images = max(1, self.memory // (values * (x.element_size() if self.shift is None else 8)))
         for part, output in zip(x.split(images), y.split(images), strict=True):
             where = drawn and draw_positions(len(part), y[0, 0].numel(), drawn, self.generator)
             self.unfinished.append(_Work(part, output, where))
