@@ -10,6 +10,7 @@ from matplotlib import get_data_path
 from PIL import Image
 from sklearn import datasets
 
+from experiments import jobs
 from experiments.jobs import SQUEEZENET, arguments, given, settings, sweep
 
 # Two by danielbuechele and vultilion (CC BY 2.0) that come with scikit-learn; one of the US Navy with matplotlib.
@@ -18,7 +19,7 @@ PHOTOGRAPHS = ("china.jpg", "flower.jpg", "grace_hopper.jpg")
 
 def photographs(folder: Path) -> Path:
     """A folder with the photographs."""
-    folder.mkdir(parents=True, exist_ok=True)
+    jobs.folder(folder)
     beside = Path(datasets.__file__).parent / "images"
     for name in PHOTOGRAPHS[:2]:
         shutil.copyfile(beside / name, folder / name)
@@ -42,8 +43,8 @@ def gallery(figure: str, shown: Mapping[str, str], folder: Path, about: str | No
         if network == SQUEEZENET:
             # Patterns from all of the reader's photographs; shown are others.
             others = photographs(options.runs / "photographs")
-            chosen += [f"data.validation_root='{others}'", "data.fit=0.5", "data.probe=0.5", "data.validation=1.0"]
-            chosen += ["percentile=99.5"]
+            chosen += [f"data.validation_root={jobs.quoted(others)}", "data.validation=1.0"]
+            chosen += ["data.fit=0.5", "data.probe=0.5", "percentile=99.5"]
         made = sweep(options.runs / f"{figure}-{network}", *chosen, module="pattern_bench.gallery")
         (picture,) = made.glob(f"*/{figure}.png")
         keep_small(picture, folder / f"{network}.jpg")

@@ -247,10 +247,10 @@ def evaluate(
         By layer, one value per neuron (N,); NaN for dead neurons.
 
     Raises:
-        UserError: where a layer's moments are missing or have no Gram matrix, or the criterion has no closed form.
+        UserError: where a layer's moments are missing or have no Gram matrix, or the criterion is another.
     """
     if criterion not in CLOSED_FORM:
-        raise UserError(f"criterion={criterion} has no closed form: give one of {', '.join(CLOSED_FORM)}")
+        raise UserError(f"criterion={criterion} is not measured here: give one of {', '.join(CLOSED_FORM)}")
     network, values = canonical_form(model, probe.example), {}
     for name, pattern in patterns.items():
         for setting, moments in (("probe", probe), ("test", test)):

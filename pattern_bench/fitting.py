@@ -101,7 +101,12 @@ class SplitMoments(Mapping[str, M]):
         total: M | None = None
         for piece in self._pieces:
             more = self._moments(piece[layer])
-            total = more if total is None else total.add_(more)
+            if total is not None:
+                total.add_(more)
+            elif isinstance(piece[layer], str):
+                total = more
+            else:  # a copy, since the piece is asked for again
+                total = more.times(1)
         if total is None:
             raise KeyError(layer)
         return total

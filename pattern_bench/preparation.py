@@ -148,12 +148,13 @@ def _check_numbers(cfg: DictConfig) -> None:
     smallest = {
         "explanation.images": 1, "degradation.images": 1, "degradation.patch": 1, "degradation.steps": 1,
         "data.batch_size": 1, "data.workers": 0, "data.limit": 1, "seed": 0, "probe.steps": 1, "probe.patience": 1,
-        "probe.neurons": 1,
-        "bootstrap.resamples": 0, "bootstrap.chunks": 2,
+        "probe.neurons": 1, "bootstrap.resamples": 0, "bootstrap.chunks": 2, "data.data_seed": 0,
     }  # fmt: skip
     for setting, least in smallest.items():
-        value = OmegaConf.select(cfg, setting)
-        if value is not None and (not isinstance(value, int) or value < least):
+        value = OmegaConf.select(cfg, setting, default=least)  # a group that is not chosen has none
+        if value is None and setting != "data.data_seed":  # elsewhere it leaves the choice to the suite
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UserError(f"{setting}={value} is not possible: give a whole number of at least {least}")
     if cfg.criterion not in CRITERIA:
         raise UserError(f"criterion={cfg.criterion} is unknown: {did_you_mean(str(cfg.criterion), CRITERIA)}")

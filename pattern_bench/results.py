@@ -66,7 +66,7 @@ def degradation_rows(curves: Mapping[str, Tensor], model: str, data: str, estima
             {
                 "step": range(curve.shape[1]),
                 "probability_mean": curve.double().mean(0).numpy(),
-                "probability_std": curve.double().std(0).numpy(),
+                "probability_std": curve.double().std(0).numpy() if len(curve) > 1 else float("nan"),
                 "n": len(curve),
             }
         )

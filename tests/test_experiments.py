@@ -42,11 +42,15 @@ def test_numbers_with_and_without_error():
 
 
 def test_networks_without_their_files_are_left_out(tmp_path, capsys):
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
     options = jobs.arguments("", [jobs.DIGITS, jobs.SQUEEZENET, jobs.CIFAR]).parse_args(["--cifar", str(tmp_path)])
     assert jobs.given([jobs.DIGITS, jobs.SQUEEZENET, jobs.CIFAR], options) == [jobs.DIGITS, jobs.CIFAR]
     assert "squeezenet is left out: it needs --photographs and --squeezenet" in capsys.readouterr().out
     assert f"data.root='{tmp_path}/train'" in jobs.settings(jobs.CIFAR, options)
-    with pytest.raises(SystemExit, match=r"--cifar .* does not exist"):
+    options.cifar = tmp_path / "O'Hara"
+    assert rf"data.root='{tmp_path}/O\'Hara/train'" in jobs.settings(jobs.CIFAR, options)
+    with pytest.raises(SystemExit, match=r"none/train/ and .*none/test/ must be there"):
         jobs.given([jobs.CIFAR], Namespace(cifar=tmp_path / "none"))
 
 
@@ -110,13 +114,41 @@ def test_errors_are_over_images_where_they_were_drawn_again_and_over_neurons_els
 
 def test_the_error_over_layers_is_of_their_mean_in_each_resample():
     rho, drawn = made()
-    found = fig3.over_layers("digits", fig3.by_layer(rho, drawn), drawn).set_index("where")
+    found = fig3.over_layers(fig3.by_layer(rho, drawn), drawn).set_index("where")
     both = drawn[drawn.layer.isin(["conv1_2", "conv2_1"])].groupby("resample")["mean"].mean()
     assert found.error["conv"] == pytest.approx(both.std())
     assert found["mean"]["conv"] == pytest.approx(rho[rho.layer.isin(["conv1_2", "conv2_1"])].rho.mean())
     assert "| small VGG, digits | all" in fig3.summary(
-        pd.concat([found.reset_index().assign(estimator=name) for name in fig3.ESTIMATORS])
+        pd.concat([found.reset_index().assign(estimator=name, network="digits") for name in fig3.ESTIMATORS])
     )
+
+
+def test_some_neurons_for_a_layer_add_the_error_of_their_draw():
+    rho, drawn = made()
+    some = rho.groupby("layer").head(2).assign(criterion="positive")
+    layers = fig3.by_layer(pd.concat([rho, some]), drawn.assign(criterion="positive"))
+    of_draw = layers.set_index(["criterion", "layer"]).error_of_draw
+    assert (of_draw["all"] == 0).all()
+    pair = some[some.layer == "conv1_2"].rho
+    assert of_draw["positive", "conv1_2"] == pytest.approx((pair.var() / 2 * (1 - 2 / 6)) ** 0.5)
+    both = drawn[drawn.layer.isin(["conv1_2", "conv2_1"])].groupby("resample")["mean"].mean().std()
+    choice = of_draw["positive"][["conv1_2", "conv2_1"]]
+    found = fig3.over_layers(layers, drawn.assign(criterion="positive")).set_index(["criterion", "where"]).error
+    assert found["positive", "conv"] == pytest.approx((both**2 + (choice**2).sum() / 4) ** 0.5)
+
+
+def test_what_was_changed_stands_beside_the_usual():
+    rho, drawn = made()
+    usual = fig3.over_layers(fig3.by_layer(rho, drawn), drawn).assign(network="digits")
+    usual = pd.concat([usual.assign(estimator=name) for name in fig3.ESTIMATORS])
+    own = fig3.over_changed(rho.assign(estimator="own_means", changed=fig3.OWN))
+    assert own.set_index("where")["mean"]["conv"] == pytest.approx(
+        rho[rho.layer.isin(["conv1_2", "conv2_1"])].rho.mean()
+    )
+    lines = fig3.findings(own.assign(network="digits"), usual).splitlines()
+    assert [line.split("|")[3].strip() for line in lines[2:]] == ["conv", "dense"]
+    conv = f"{own.set_index('where')['mean']['conv']:.2f}"
+    assert [cell.strip() for cell in lines[2].split("|")[4:-1]] == [f"{conv} / {conv}", "–", "–", "–", conv]
 
 
 def test_about_each_regimes_own_means_nothing_is_left_where_a_neuron_fires():

@@ -112,12 +112,20 @@ def test_s_a_of_a_trained_linear_model_is_the_class_pattern():
         ("data.side=7", r"data.side=7 is not possible: give a whole number of at least 8"),
         ("data.signal=1.0", r"data.signal=1.0 is not possible: give the signal's share"),
         ("data.suppressor=-1", r"data.suppressor=-1 is not possible: give a number of at least 0"),
+        ("data.suppressor=true", r"data.suppressor=True is not possible: give a number of at least 0"),
         ("data.samples=1", r"data.samples=1 is not possible: give a whole number of at least 2"),
     ],
 )
 def test_impossible_settings_are_refused(configure, override, message):
     with pytest.raises(UserError, match=message):
         build(configure("data=known_signal", override).data)
+
+
+@pytest.mark.parametrize("value", ["abc", "null", "1.5", "-1", "true"])
+@pytest.mark.parametrize("data", ["known_signal", "toy"])
+def test_the_seed_of_the_draws_is_a_whole_number(run_job, data, value):
+    with pytest.raises(UserError, match=r"data.data_seed=\S+ is not possible: give a whole number of at least 0"):
+        run_job(f"data={data}", f"data.data_seed={value}", "model=linear")
 
 
 def test_the_job_measures_the_angle_to_the_known_signal(run_job):

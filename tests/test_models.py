@@ -123,6 +123,19 @@ def test_a_class_of_the_users_own(configure):
     assert built(configure, *overrides)(PHOTO[None].repeat(2, 1, 1, 1)).shape == (2, 7)
 
 
+TRAINED = "model.training={epochs: 1, learning_rate: 0.01, batch_size: 8}"
+
+
+@pytest.mark.parametrize(("training", "outputs"), [([], 1000), ([TRAINED], 7)])
+@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v2", "timm"])
+def test_a_network_has_the_outputs_of_what_it_is_trained_on(configure, model, training, outputs):
+    chosen = [f"model={model}"]
+    if model == "timm":
+        pytest.importorskip("timm")
+        chosen.append("model.architecture=resnet18")
+    assert built(configure, *chosen, *training, "model.weights=null", classes=7)(PHOTO[None]).shape == (1, outputs)
+
+
 def test_layers_are_chosen_by_name_list_or_glob(configure):
     names = layers_in_order(built(configure, "model=small_vgg", sample=DIGIT), DIGIT[None])
     assert names == ["features.0", "features.2", "features.5", "features.7", "classifier.1", "classifier.3"]

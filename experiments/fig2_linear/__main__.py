@@ -29,14 +29,11 @@ def main() -> None:
     parser = jobs.arguments(__doc__, [])
     parser.add_argument("--quick", action="store_true", help="a few angles and samples, written below --runs instead")
     options = parser.parse_args()
+    place = jobs.folder(options.runs / "fig2_linear") if options.quick else HERE
     phis, seeds, samples = (TABLED, 2, 500) if options.quick else (PHIS, SEEDS, SAMPLES)
     angles = pd.concat(angles_at(phi, seed, samples, EXPLAINED) for phi in phis for seed in range(seeds))
     weights = pd.concat(weights_at(phi, seed, samples) for phi in phis for seed in range(seeds))
     found = over_seeds(angles)
-    place = HERE
-    if options.quick:
-        place = options.runs / "fig2_linear"
-        place.mkdir(parents=True, exist_ok=True)
     found.round(4).to_csv(place / "angles.csv", index=False)
     weights.round(6).to_csv(place / "weights.csv", index=False)
     draw(found, weights, place / "fig2.png", samples)

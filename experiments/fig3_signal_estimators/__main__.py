@@ -1,6 +1,6 @@
 """Fig. 3 on four networks, under three criteria: ``python -m experiments.fig3_signal_estimators --help``.
 
-Writes by_layer.csv, summary.csv and NETWORK.png beside itself, and the tables of README.md.
+Writes by_layer.csv, summary.csv, changed.csv and NETWORK.png beside itself, and the tables of README.md.
 """
 
 from __future__ import annotations
@@ -9,33 +9,37 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.jobs import CIFAR, DIGITS, SQUEEZENET, VGG16, arguments, given, settings, sweep
+from experiments.jobs import (
+    BOOTSTRAP,
+    CIFAR,
+    DIGITS,
+    ESTIMATORS,
+    FEW,
+    NOTHING_ELSE,
+    SQUEEZENET,
+    VGG16,
+    arguments,
+    given,
+    settings,
+    sweep,
+)  # fmt: skip
 from experiments.pages import markdown, with_error, write_block
 from pattern_bench.figures import draw_rho
 from pattern_bench.results import write_csv
 
 HERE = Path(__file__).parent
-ESTIMATORS = ("random", "w", "a", "a_plus_minus")
 CRITERIA = ("all", "rectified", "positive")
 TITLES = {
     DIGITS: "small VGG, digits", CIFAR: "VGG with dense layers, CIFAR-10", SQUEEZENET: "SqueezeNet 1.1, photographs",
     VGG16: "VGG-16's conv layers, photographs",
 }  # fmt: skip
-# VGG-16's patches have up to 4,608 values: ten chunks of its Gram matrices take 20 GB, and each neuron's own 170 MB.
-BOOTSTRAP = {
-    DIGITS: ["bootstrap.resamples=50"],
-    CIFAR: ["bootstrap.resamples=20"],
-    SQUEEZENET: ["bootstrap.resamples=20"],
-    VGG16: ["bootstrap.resamples=5", "bootstrap.chunks=10", "data.batch_size=8"],
-}
+# Each neuron of VGG-16 has a Gram matrix of up to 170 MB of its own.
 FIRING = {
     DIGITS: ["probe.neurons=1000", *BOOTSTRAP[DIGITS]],
     CIFAR: ["probe.neurons=10", "moments.positions=0.25", "bootstrap.resamples=20", "bootstrap.chunks=5"],
     SQUEEZENET: ["probe.neurons=32", *BOOTSTRAP[SQUEEZENET]],
     VGG16: ["probe.neurons=6", "moments.positions=0.1", "data.batch_size=8", "checkpoint.seconds=600"],
 }
-# These jobs are there for ρ.
-NOTHING_ELSE = ["explanation.images=1", "degradation.images=1", "degradation.steps=1"]
 
 
 def measure(network: str, runs: Path, chosen: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -56,27 +60,27 @@ def measure(network: str, runs: Path, chosen: list[str]) -> tuple[pd.DataFrame, 
 
 
 OWN_MEANS = ["estimator._target_=experiments.fig3_signal_estimators.regimes.OwnMeans", "allow_any_target=true"]
-FEW = "bootstrap.resamples=2"
-"""As chunks are kept anyway, so that they are used again."""
+USUAL, OWN, OTHER_HALVES = "as usual", "each regime's own means", "other halves"
+RIDGES = {"1e-6": "λ = 1e-6", "1e-2": "λ = 1e-2"}
 
 
 def investigate(network: str, runs: Path, chosen: list[str]) -> pd.DataFrame:
-    """ρ of every neuron, with one thing changed: what S_a+- is, λ, and, where that does not train another network, the
-    split."""
+    """ρ of every neuron, with one thing changed: what S_a+- is, λ, and the split of a network that is not trained on
+    it."""
     chosen = [*chosen, *NOTHING_ELSE]
     shared, regular = [*BOOTSTRAP[network], FEW], "criterion=all,rectified"
     estimators = "estimator=a,a_plus_minus"
-    found = {"each regime's own means": [sweep(runs / f"{network}-own", *chosen, *shared, *OWN_MEANS, regular)]}
+    found = {OWN: [sweep(runs / f"{network}-own", *chosen, *shared, *OWN_MEANS, regular)]}
     if network == DIGITS:  # elsewhere it takes a while
         firing = [*chosen, *FIRING[network], FEW, "criterion=positive"]
-        found["each regime's own means"] += [sweep(runs / f"{network}-own-positive", *firing, *OWN_MEANS)]
-    for ridge in ("1e-6", "1e-2"):
+        found[OWN] += [sweep(runs / f"{network}-own-positive", *firing, *OWN_MEANS)]
+    for ridge, what in RIDGES.items() if network != VGG16 else ():  # there each job takes minutes
         changed = f"probe.regularisation={ridge}"
-        found[f"λ = {ridge}"] = [sweep(runs / f"{network}-{ridge}", *chosen, *shared, estimators, regular, changed)]
+        found[what] = [sweep(runs / f"{network}-{ridge}", *chosen, *shared, estimators, regular, changed)]
         if network == DIGITS:
-            found[f"λ = {ridge}"] += [sweep(runs / f"{network}-{ridge}-positive", *firing, estimators, changed)]
+            found[what] += [sweep(runs / f"{network}-{ridge}-positive", *firing, estimators, changed)]
     if network == SQUEEZENET:
-        found["other halves (seed 1)"] = [sweep(runs / f"{network}-1", *chosen, estimators, regular, "seed=1")]
+        found[OTHER_HALVES] = [sweep(runs / f"{network}-1", *chosen, estimators, regular, "seed=1")]
     tables = [
         pd.read_csv(path.parent / "rho.csv").assign(changed=what)
         for what, roots in found.items()
@@ -112,7 +116,8 @@ KEYS = ["criterion", "layer_index", "layer", "estimator"]
 
 def by_layer(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> pd.DataFrame:
     """Per criterion, layer and estimator: mean, median and quartiles over the neurons that have a ρ; the standard
-    error of the mean over images (bootstrap), or, where none were drawn again, over neurons."""
+    error of the mean over images (bootstrap), or, where none were drawn again, over neurons; and what the draw of the
+    neurons adds to the former, where a criterion is measured on fewer than another."""
     cells = rho.groupby(KEYS, sort=False)
     found = cells.rho.agg(
         mean="mean", median="median", q25=lambda r: r.quantile(0.25), q75=lambda r: r.quantile(0.75), neurons="count"
@@ -120,21 +125,28 @@ def by_layer(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> pd.DataFrame:
     found["dead"] = cells.dead.sum()
     found["error"] = bootstrap.groupby(KEYS, sort=False)["mean"].std()
     found["error_over"] = found.error.isna().map({True: "neurons", False: "images"})
+    measured = cells.size()
+    left_out = 1 - measured / measured.groupby(KEYS[1:]).transform("max")  # as the sample grows to the whole, to 0
+    found["error_of_draw"] = (cells.rho.var() * left_out / found.neurons) ** 0.5
     found["error"] = found.error.fillna(cells.rho.std() / found.neurons**0.5)
     return found.reset_index()
 
 
-def over_layers(network: str, layers: pd.DataFrame, bootstrap: pd.DataFrame) -> pd.DataFrame:
-    """Mean over layers of the layers' means: of the first layer, of the conv layers above it, of the dense layers.
-    Resamples draw the same images for all layers, so that errors of one layer and another are not independent."""
+def over_layers(layers: pd.DataFrame, bootstrap: pd.DataFrame) -> pd.DataFrame:
+    """Mean over layers of the layers' means: of the first layer, of the conv layers above it, of the dense layers; and
+    its standard error, over images and, where some neurons stand for a layer, their draw. Resamples draw the same
+    images for all layers, so that errors of one layer and another are not independent; neurons are drawn for each."""
+    keys = ["criterion", "where", "estimator"]
 
-    def grouped(table: pd.DataFrame, *more: str) -> pd.Series:
-        where = kind(table.layer).where(table.layer_index > 0, "first")
-        return table.assign(where=where).groupby(["criterion", "where", "estimator", *more])["mean"].mean()
+    def placed(table: pd.DataFrame) -> pd.DataFrame:
+        return table.assign(where=kind(table.layer).where(table.layer_index > 0, "first"))
 
-    found = grouped(layers).rename("mean").to_frame()
-    found["error"] = grouped(bootstrap, "resample").groupby(["criterion", "where", "estimator"]).std()
-    return found.reset_index().assign(network=network)
+    cells = placed(layers).groupby(keys)
+    found = cells["mean"].mean().to_frame()
+    over_images = placed(bootstrap).groupby([*keys, "resample"])["mean"].mean().groupby(keys).std()
+    of_draw = cells.error_of_draw.agg(lambda errors: (errors**2).sum() ** 0.5 / len(errors))
+    found["error"] = (over_images.reindex(of_draw.index, fill_value=0) ** 2 + of_draw**2) ** 0.5
+    return found.reset_index()
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -160,29 +172,34 @@ def summary(table: pd.DataFrame) -> str:
     return markdown(found.rename(columns={"w": "S_w", "a": "S_a", "a_plus_minus": "S_a+-"}))
 
 
-def findings(table: pd.DataFrame, usual: pd.DataFrame) -> str:
-    """What was changed, beside the usual: means over layers."""
-    where = kind(table.layer).where(table.layer_index > 0, "first")
-    keys = ["network", "criterion", "where", "changed"]
-    layers = table.assign(where=where).groupby([*keys, "layer", "estimator"]).rho.mean()
-    means = layers.groupby([*keys, "estimator"]).mean().unstack("estimator")
-    usual = usual.assign(changed="nothing").set_index([*keys, "estimator"])["mean"].unstack("estimator")
-    rows = []
-    for network in dict.fromkeys(table.network):
-        for criterion in CRITERIA:
-            for place in ("conv", "dense"):
-                for what in ("nothing", *dict.fromkeys(table.changed)):
-                    source = (usual if what == "nothing" else means).to_dict("index")
-                    if (own := source.get((network, criterion, place, what))) is None:
-                        continue
-                    shown = {name: own.get(name, float("nan")) for name in ("a", "a_plus_minus")}
-                    if what.startswith("each regime"):
-                        shown["a_plus_minus"] = own["own_means"]
-                    rows.append(
-                        {"network": TITLES[network], "criterion": criterion, "layers": place, "changed": what}
-                        | {name: "–" if pd.isna(value) else f"{value:.2f}" for name, value in shown.items()}
-                    )
-    return markdown(pd.DataFrame(rows).rename(columns={"a": "S_a", "a_plus_minus": "S_a+-"}))
+def over_changed(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean over layers above the first of the layers' means, by what was changed."""
+    above = table[table.layer_index > 0]
+    layers = above.assign(where=kind(above.layer)).groupby(["criterion", "where", "changed", "layer", "estimator"]).rho
+    return layers.mean().groupby(["criterion", "where", "changed", "estimator"]).mean().rename("mean").reset_index()
+
+
+def findings(changed: pd.DataFrame, usual: pd.DataFrame) -> str:
+    """S_a / S_a+- as usual and with one thing changed, and what stands in S_a+-'s place."""
+    keys = ["network", "criterion", "where"]
+    both = pd.concat([changed, usual.assign(changed=USUAL)])
+    values = both.set_index([*keys, "changed", "estimator"])["mean"].to_dict()
+
+    def pair(*cell: str) -> str:
+        a, a_plus_minus = (values.get((*cell, name)) for name in ("a", "a_plus_minus"))
+        return "–" if a is None or a_plus_minus is None else f"{a:.2f} / {a_plus_minus:.2f}"
+
+    asked = changed[keys].drop_duplicates()
+    rows = [
+        {"network": TITLES[network], "criterion": criterion, "layers": where}
+        | {what: pair(network, criterion, where, what) for what in (USUAL, *RIDGES.values(), OTHER_HALVES)}
+        | {OWN: f"{values[network, criterion, where, OWN, 'own_means']:.2f}"}
+        for network in TITLES
+        for criterion in CRITERIA
+        for where in ("conv", "dense")
+        if ((asked.network == network) & (asked.criterion == criterion) & (asked["where"] == where)).any()
+    ]
+    return markdown(pd.DataFrame(rows).rename(columns={USUAL: "S_a / S_a+-"}))
 
 
 def main() -> None:
@@ -190,25 +207,29 @@ def main() -> None:
     options_of.add_argument("--networks", nargs="+", choices=TITLES, default=list(TITLES), help="these alone")
     options_of.add_argument("--investigate", action="store_true", help="the second table: what changes with λ, …")
     options = options_of.parse_args()
-    everything = HERE / "by_layer.csv"
-    tables = [pd.read_csv(everything)] if everything.exists() else []
-    summaries = [pd.read_csv(HERE / "summary.csv")] if everything.exists() else []
+    files = {name: HERE / f"{name}.csv" for name in ("by_layer", "summary", "changed")}
+    found = {
+        name: pd.read_csv(path) if path.exists() else pd.DataFrame({"network": []}) for name, path in files.items()
+    }
+
+    def keep(name: str, network: str, table: pd.DataFrame) -> None:
+        """In the place of what is known of this network; of the others it stays."""
+        others = found[name][found[name].network != network]
+        found[name] = pd.concat([others, table.assign(network=network)], ignore_index=True)
+        write_csv(files[name], found[name])
+
     for network in given(options.networks, options):
-        rho, bootstrap = map(in_the_papers_terms, measure(network, options.runs, settings(network, options)))
+        chosen = settings(network, options)
+        rho, bootstrap = map(in_the_papers_terms, measure(network, options.runs, chosen))
         draw_rho(rho, HERE / f"{network}.png", bootstrap)
         layers = by_layer(rho, bootstrap)
-        tables = [*(table[table.network != network] for table in tables), layers.assign(network=network)]
-        found = over_layers(network, layers, bootstrap)
-        summaries = [*(table[table.network != network] for table in summaries), found]
-    write_csv(everything, pd.concat(tables))
-    write_csv(HERE / "summary.csv", pd.concat(summaries))
-    write_block(HERE / "README.md", "table", summary(pd.concat(summaries)))
-    if options.investigate:
-        changed = [
-            in_the_papers_terms(investigate(network, options.runs, settings(network, options))).assign(network=network)
-            for network in given([n for n in (DIGITS, CIFAR, SQUEEZENET) if n in options.networks], options)
-        ]
-        write_block(HERE / "README.md", "investigation", findings(pd.concat(changed), pd.concat(summaries)))
+        keep("by_layer", network, layers)
+        keep("summary", network, over_layers(layers, bootstrap))
+        write_block(HERE / "README.md", "table", summary(found["summary"]))
+        if options.investigate:
+            changed = over_changed(in_the_papers_terms(investigate(network, options.runs, chosen)))
+            keep("changed", network, changed)
+            write_block(HERE / "README.md", "investigation", findings(found["changed"], found["summary"]))
 
 
 if __name__ == "__main__":

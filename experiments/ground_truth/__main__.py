@@ -1,7 +1,7 @@
 """Scores every explanation method where the truth is known, and asks whether ρ and degradation could have told.
 
-Writes scores.csv, correlations.csv, predicts.png and sweep.png beside itself, and the tables into README.md. Settings
-that are complete below --runs are left alone.
+Writes by_seed.csv, scores.csv, correlations.csv, predicts.png and sweep.png beside itself, and the tables into
+README.md. Settings that are complete below --runs are left alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 
 from experiments.ground_truth.figures import draw_predicts, draw_sweep
 from experiments.ground_truth.scoring import Setting, keep_score
-from experiments.ground_truth.tables import accuracies, correlations, other_scores, precisions, predictions, summary
+from experiments.ground_truth.tables import accuracies, by_scenario, correlations, other_scores, predictions, summary
+from experiments.jobs import folder
 from experiments.pages import write_block
 
 HERE = Path(__file__).parent
@@ -43,13 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments/ground_truth"), help="where runs are kept")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each; 1 starts none")
-    parser.add_argument("--quick", action="store_true", help="one small setting; all goes to --runs, without tables")
+    parser.add_argument("--quick", action="store_true", help="one small setting, written to --runs/quick instead")
     options = parser.parse_args(arguments)
-    options.runs.mkdir(parents=True, exist_ok=True)
+    runs = folder(options.runs / "quick" if options.quick else options.runs)
     main_settings, sweep, seeds, out = (MAIN, SWEEP, SEEDS, HERE)
     if options.quick:
-        main_settings, sweep, seeds, out = [QUICK], [QUICK], SEEDS[:2], options.runs
-    raw = collect(list(dict.fromkeys([*main_settings, *sweep])), seeds, options.runs, options.workers)
+        main_settings, sweep, seeds, out = [QUICK], [QUICK], SEEDS[:2], runs
+    raw = collect(list(dict.fromkeys([*main_settings, *sweep])), seeds, runs, options.workers)
+    raw.to_csv(out / "by_seed.csv", index=False, float_format="%.3g")
     table = summary(raw)
     table.to_csv(out / "scores.csv", index=False, float_format="%.4g")
     chosen = of_settings(raw, main_settings)
@@ -60,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.quick:
         page = HERE / "README.md"
         write_block(page, "accuracy", accuracies(of_settings(table, main_settings)))
-        write_block(page, "table", precisions(of_settings(table, main_settings)))
+        for score in ("precision", "on_suppressors"):
+            write_block(page, score, by_scenario(of_settings(table, main_settings), score))
         write_block(page, "scores", other_scores(chosen))
         write_block(page, "predicts", predictions(found))
 

@@ -29,20 +29,21 @@ SHOWN = [
 
 
 def draw_predicts(table: pd.DataFrame, correlations: pd.DataFrame, path: Path) -> None:
-    """Precision over ρ and over the two areas, a row for each scenario; a point is the mean over seeds of one
-    explanation in one setting. Above each panel stand the correlations in one network, of each model."""
+    """Precision over ρ, under two criteria, and over two areas, a row for each scenario; a point is the mean over
+    seeds of one explanation in one setting. Above each panel stand the correlations in one network, of each model."""
     table = table[table.reached & ~table.method.isin(BASELINES)]
     colours = {name: legible(colour) for name, colour in estimator_colours(ESTIMATORS).items()} | {"none": GREY}
     panels = {
         "rho_first": (r"$\rho$ of the first layer", "estimators"),
+        "rectified_first": (r"$\rho$ of the first layer, rectified", "estimators"),
         "area_mean": ("area over the curve, patches' mean", "methods"),
         "area_zero": ("area over the curve, patches at zero", "methods"),
     }
     scenarios = table.scenario.unique()
     with sns.axes_style("whitegrid"):
         figure, axes = plt.subplots(
-            len(scenarios), 3, squeeze=False, sharey=True, sharex="col", figsize=(12.5, 0.6 + 3.2 * len(scenarios)),
-            layout="constrained",
+            len(scenarios), len(panels), squeeze=False, sharey=True, sharex="col", layout="constrained",
+            figsize=(16, 0.6 + 3.2 * len(scenarios)),
         )  # fmt: skip
     for line, scenario in zip(axes, scenarios, strict=True):
         for axis, (predictor, (xlabel, among)) in zip(line, panels.items(), strict=True):

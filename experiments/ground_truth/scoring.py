@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import pattern_bench as pb
 from experiments.ground_truth.networks import MODELS, trained
+from pattern_bench.api import LayerMoments, Patterns
 from pattern_bench.core.degradation import area_over_curve
 from pattern_bench.core.truth import angle, precision, share
 from pattern_bench.data.known_signal import UNITS, KnownSignal, draw
@@ -49,7 +50,8 @@ class Setting:
 
 def score(setting: Setting, seed: int) -> pd.DataFrame:
     """A row for each model, and estimator and method: the scores' means over the explained images, ``rho_first`` and
-    ``rho_all`` (mean over the live neurons of the first layer, and of all) of estimators, ``area_mean`` and
+    ``rho_all`` (mean over the live neurons of the first layer, and of all) of estimators, the same under the criterion
+    ``rectified`` as ``rectified_first`` and ``rectified_all``, ``area_mean`` and
     ``area_zero`` (area over the degradation curve), and the model's ``accuracy``."""
     images = setting.train + setting.validation
     known = draw(setting.scenario, setting.side, setting.signal, setting.suppressor, images, seed)
@@ -78,7 +80,7 @@ def _of_one_network(setting: Setting, known: KnownSignal, model: str, seed: int)
     fit = pb.collect_moments(network, known.images[:half].split(250), gram=False)
     probe, test = (pb.collect_moments(network, part.split(250)) for part in (known.images[half:train], held))
     patterns = {name: pb.fit_patterns(network, fit, name, seed=seed) for name in ESTIMATORS}
-    rho = {name: list(pb.evaluate(network, found, probe, test).values()) for name, found in patterns.items()}
+    rho = {name: _rho(network, found, probe, test) for name, found in patterns.items()}
 
     maps = heat_maps(network, patterns, known.images[chosen], known.labels[chosen], known.images[:half], seed)
     unit = setting.side // UNITS
@@ -91,12 +93,18 @@ def _of_one_network(setting: Setting, known: KnownSignal, model: str, seed: int)
     for (estimator, method), heat in maps.items():
         row: dict[str, Any] = {"model": model, "estimator": estimator, "method": method}
         row |= {name: float(values.nanmean()) for name, values in _scores(heat, known, chosen).items()}
-        if estimator in rho:
-            row["rho_first"] = float(rho[estimator][0].nanmean())
-            row["rho_all"] = float(torch.cat(rho[estimator]).nanmean())
+        row |= rho.get(estimator, {})
         row |= {name: found[f"{estimator}/{method}"] for name, found in areas.items()}
         rows.append(row)
     return pd.DataFrame(rows).assign(accuracy=float(right.float().mean()))
+
+
+def _rho(network: nn.Module, patterns: Patterns, probe: LayerMoments, test: LayerMoments) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for criterion, name in (("all", "rho"), ("rectified", "rectified")):
+        layers = list(pb.evaluate(network, patterns, probe, test, criterion=criterion).values())
+        found |= {f"{name}_first": float(layers[0].nanmean()), f"{name}_all": float(torch.cat(layers).nanmean())}
+    return found
 
 
 def _scores(heat: Tensor, known: KnownSignal, chosen: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ KEYS = ["scenario", "side", "signal", "suppressor", "model"]
 WHO = ["estimator", "method"]
 PREDICTORS = {
     "rho_first": "ρ of the first layer", "rho_all": "ρ of all layers",
+    "rectified_first": "ρ of the first layer, rectified", "rectified_all": "ρ of all layers, rectified",
     "area_mean": "area over the curve, patches' mean", "area_zero": "area over the curve, zero",
 }  # fmt: skip
 NAMES = {
@@ -66,7 +67,7 @@ def correlations(raw: pd.DataFrame) -> pd.DataFrame:
     kinds = {"estimators": raw.estimator != "none", "estimators but random": ~raw.estimator.isin(["none", "random"])}
     rows: list[list[Any]] = []
     for predictor in PREDICTORS:
-        of_rho = predictor.startswith("rho")
+        of_rho = not predictor.startswith("area")
         for explanations, among in kinds.items() if of_rho else [("methods", raw.method != "")]:
             for score, sign in RIGHT.items():
                 each = sign * _spearman(raw[among], predictor, score, ["method"] if of_rho else [])
@@ -115,18 +116,18 @@ def accuracies(table: pd.DataFrame) -> str:
     return markdown(pd.DataFrame(rows, columns=["scenario", "α", "β", *(NAMES[model] for model in MODELS)]))
 
 
-def precisions(table: pd.DataFrame) -> str:
-    """Methods × scenarios and models, a table for each size of image; the largest of each column is bold."""
+def by_scenario(table: pd.DataFrame, score: str) -> str:
+    """Methods × scenarios and models, a table for each size of image; the most right of each column is bold."""
     parts = []
     for side, part in table[table.reached].groupby("side"):
-        columns = {"precision": [label(*who) for who in in_order(part)]}
+        columns = {NAMES[score]: [label(*who) for who in in_order(part)]}
         for (scenario, model), cell in part.groupby(["scenario", "model"], sort=False):
             own = cell.set_index(WHO)
-            best = round(own.precision.max(), 2)
+            best = round(RIGHT[score] * (RIGHT[score] * own[score]).max(), 2)
             columns[f"{scenario}, {NAMES[str(model)]}"] = [
-                f"**{text}**" if round(own.precision[who], 2) == best else text
+                f"**{text}**" if round(own[score][who], 2) == best else text
                 for who in in_order(part)
-                for text in [with_error(own.precision[who], own.precision_error[who])]
+                for text in [with_error(own[score][who], own[f"{score}_error"][who])]
             ]
         parts.append(f"{side}×{side} pixels:\n\n{markdown(pd.DataFrame(columns))}")
     return "\n\n".join(parts)

@@ -6,6 +6,7 @@ Writes layers.csv, models.csv and models.png beside itself, and the table of REA
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,10 @@ TRAINED = {
     "… twice as wide": ["model.width=32"],
     "… untrained": ["model.training=null"],
 }
+# Both halve the image five times: of 32 pixels, the last kernels would see one, and padding around it.
 FAMILIES = {
-    name: [f"model={name}", "model.weights=null", f"model.training={TRAINING}"] for name in ("resnet18", "mobilenet_v2")
+    name: [f"model={name}", "model.weights=null", f"model.training={TRAINING}", "data.size=64"]
+    for name in ("resnet18", "mobilenet_v2")
 }
 IMAGENET = {"SqueezeNet 1.1, ImageNet's weights": SQUEEZENET, "VGG-16's conv layers, ImageNet's weights": VGG16}
 NOTHING_ELSE = ["explanation.images=1", "degradation.images=1", "degradation.steps=1"]
@@ -118,14 +121,17 @@ def main() -> None:
     options_of = arguments(__doc__, [CIFAR, SQUEEZENET, VGG16])
     options_of.add_argument("--seeds", type=int, default=2, help="networks that are trained of each kind")
     options = options_of.parse_args()
+    if options.seeds < 1:
+        options_of.error(f"--seeds {options.seeds}: at least one network of each kind, such as --seeds 2")
     networks = given([CIFAR, SQUEEZENET, VGG16], options)
     estimators = f"estimator={','.join(ESTIMATORS)}"
     found = []
     for seed in range(options.seeds if CIFAR in networks else 0):
-        for number, (title, changes) in enumerate((TRAINED | FAMILIES).items()):
+        for title, changes in (TRAINED | FAMILIES).items():
             own = changes if title in FAMILIES else [*SMALL, *changes]
             chosen = [*cifar(options), "data.limit=20000", f"seed={seed}", *NOTHING_ELSE, *own, estimators]
-            layers = measured(sweep(options.runs / "models" / f"{seed}-{number}", *chosen))
+            folder = re.sub(r"\W+", "-", f"{seed} {title}")
+            layers = measured(sweep(options.runs / "models" / folder, *chosen))
             found.append(layers.assign(model=title, data="CIFAR-10", seed=seed))
     for title, network in IMAGENET.items():
         if network in networks:
@@ -136,6 +142,11 @@ def main() -> None:
     if not found:
         raise SystemExit("nothing to measure: give --cifar, or --photographs and weights (--help)")
     layers = pd.concat(found, ignore_index=True)
+    if (HERE / "layers.csv").exists():  # of other networks, from another time
+        kept = pd.read_csv(HERE / "layers.csv")
+        layers = pd.concat([layers, kept[~kept.model.isin(layers.model)]], ignore_index=True)
+        order = [*TRAINED, *FAMILIES, *IMAGENET]
+        layers = layers[layers.model.isin(order)].sort_values("model", key=lambda m: m.map(order.index), kind="stable")
     models = by_model(layers)
     write_csv(HERE / "layers.csv", layers.round(5))
     write_csv(HERE / "models.csv", models.round(5))

@@ -124,17 +124,15 @@ def main() -> None:
     if not options.quick and not jobs.given([jobs.SQUEEZENET], options):
         raise SystemExit("give these, or --quick")
     subject = digits() if options.quick else photographs(options)
-    place = HERE
-    if options.quick:
-        place = options.runs / "scaling"
-        place.mkdir(parents=True, exist_ok=True)
+    place = jobs.folder(options.runs / "scaling") if options.quick else HERE
 
     start = time.perf_counter()
-    found = costs(subject, plan) | images_needed(subject, plan)
+    found = costs(subject, plan)
+    keep(found, place)
+    found |= images_needed(subject, plan)
     found["gpus"], found["about_gpus"] = projection.projection(found["networks"], found["machine"].storing[0])
     found["machine"]["run_seconds"] = time.perf_counter() - start
-    for name, table in found.items():
-        table.to_csv(place / f"{name}.csv", index=False, float_format="%.5g")
+    keep(found, place)
     names = found["about"].layer.tolist()
     figures.draw_errors(
         found["patterns"], found["rho"], found["positions"], found["rho_positions"], names, place / "error.png"
@@ -146,6 +144,11 @@ def main() -> None:
             print(f"{name}\n{text}\n")
         else:
             write_block(HERE / "README.md", name, text)
+
+
+def keep(found: dict[str, pd.DataFrame], place: Path) -> None:
+    for name, table in found.items():
+        table.to_csv(place / f"{name}.csv", index=False, float_format="%.5g")
 
 
 def said(name: str, table: pd.DataFrame) -> tuple[str, pd.DataFrame]:

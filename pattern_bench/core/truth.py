@@ -37,14 +37,14 @@ def precision(heat: Tensor, truth: Tensor) -> Tensor:
         ValueError: where a mask is empty.
     """
     values, mask = magnitude(heat).flatten(1), truth.flatten(1)
-    places = mask.sum(1)
+    places = mask.sum(1).double()
     if not places.all():
         raise ValueError("a truth mask is empty, so precision at its size is not defined")
-    last = values.sort(1, descending=True).values.gather(1, places[:, None] - 1)
+    last = values.sort(1, descending=True).values.gather(1, places.long()[:, None] - 1)
     above, ties = values > last, values == last
     left = (places - above.sum(1)) / ties.sum(1)
     found = ((above & mask).sum(1) + left * (ties & mask).sum(1)) / places
-    return found.double().masked_fill((values == 0).all(1), torch.nan)
+    return found.masked_fill((values == 0).all(1), torch.nan)
 
 
 def share(heat: Tensor, region: Tensor) -> Tensor:

@@ -105,9 +105,9 @@ def _check(scenario: str, side: int, signal: float, suppressor: float, samples: 
     for name, value, least in (("side", side, UNITS), ("samples", samples, 2)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UserError(f"data.{name}={value} is not possible: give a whole number of at least {least}")
-    if not isinstance(signal, int | float) or not 0 < signal < 1:
+    if not isinstance(signal, float) or not 0 < signal < 1:
         raise UserError(f"data.signal={signal} is not possible: give the signal's share, above 0 and below 1")
-    if not isinstance(suppressor, int | float) or not 0 <= suppressor < float("inf"):
+    if isinstance(suppressor, bool) or not isinstance(suppressor, int | float) or not 0 <= suppressor < float("inf"):
         raise UserError(f"data.suppressor={suppressor} is not possible: give a number of at least 0, 0 for none")
 
 

@@ -38,7 +38,7 @@ class VGG(ModelSource):
         self.width, self.blocks, self.dense, self.batch_norm = width, list(blocks), list(dense), batch_norm
         self.dropout = dropout
         for setting, sizes in (("width", [width]), ("blocks", self.blocks), ("dense", self.dense)):
-            if not all(isinstance(size, int) and size > 0 for size in sizes):
+            if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
                 raise UserError(
                     f"model.{setting}={getattr(self, setting)} is not possible: give whole numbers of at least 1"
                 )

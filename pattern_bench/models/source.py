@@ -49,6 +49,11 @@ class ModelSource:
         """The network for inputs like ``sample`` (one image, no batch dimension), with random weights."""
         raise NotImplementedError
 
+    def outputs(self, classes: int | None) -> dict[str, int]:
+        """What a library's builder is told of the outputs: as many as there are classes, where the network is trained
+        on them; else its own number stays."""
+        return {} if self.training is None or classes is None else {"num_classes": classes}
+
     def build(self, sample: Tensor, classes: int | None) -> nn.Module:
         """The network with its weights.
 

@@ -50,7 +50,9 @@ class TimmModel(ModelSource):
             self.full_name = f"{architecture}.{weights}"
 
     def module(self, sample: Tensor, classes: int | None) -> nn.Module:
-        return importlib.import_module("timm").create_model(self.architecture, pretrained=False)
+        return importlib.import_module("timm").create_model(
+            self.architecture, pretrained=False, **self.outputs(classes)
+        )
 
     def build(self, sample: Tensor, classes: int | None) -> nn.Module:
         if self.weights is None or self.is_file:

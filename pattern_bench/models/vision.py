@@ -53,7 +53,7 @@ class TorchvisionModel(ModelSource):
         extra = _WITH_WEIGHTS.get(self.architecture, {}) if self.weights is not None else {}
         # Weights that come from elsewhere need no initialisation, which takes seconds for the large models.
         with torch.device("meta" if self.weights is not None else "cpu"):
-            model = models.get_model(self.architecture, weights=None, **extra)
+            model = models.get_model(self.architecture, weights=None, **extra, **self.outputs(classes))
         if self.part is not None:
             if self.part not in dict(model.named_children()):
                 raise UserError(
