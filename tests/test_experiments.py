@@ -64,7 +64,7 @@ def test_the_pictures_that_may_be_shown_are_there_and_small(tmp_path):
 
 
 def test_every_experiment_has_a_page_with_its_command_and_a_result():
-    for folder in sorted(path for path in (ROOT / "experiments").iterdir() if (path / "README.md").exists()):
+    for folder in sorted(path for path in (ROOT / "experiments").glob("[a-z]*") if path.is_dir()):
         page = (folder / "README.md").read_text()
         assert "python " in page, folder
         for line in page.splitlines():
@@ -184,6 +184,35 @@ def test_methods_are_compared_image_by_image():
     assert [gradient.difference, gradient.difference_low, gradient.difference_high] == pytest.approx([-0.1] * 3)
     assert ranked.images["S_x (LRP z-rule, input × gradient)"] == 9
     assert "PatternAttribution, S_a+-" in fig4a.table(fig4a.ranking(areas))
+
+
+def test_the_papers_order_is_asked_step_by_step(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    who = [("none", "random_order"), *((e, "pattern_attribution") for e in ("a", "w")), ("x", "lrp_z")]
+    who.append(("a_plus_minus", "pattern_attribution"))
+    base = rng.normal(size=40)
+    areas = pd.concat(
+        pd.DataFrame({"estimator": e, "method": f"{m}, blur", "image": range(40), "area": base + 0.1 * place**2})
+        for place, (e, m) in enumerate(who)
+    )
+    found = fig4a.steps(areas)
+    assert found.step.tolist() == ["random order < S_a", "S_a < S_w", "S_w < S_x", "S_x < S_a+-"]
+    assert found.difference.tolist() == pytest.approx([0.1, 0.3, 0.5, 0.7])
+    assert fig4a.steps(areas, sign=-1).high.tolist() == pytest.approx([-0.1, -0.3, -0.5, -0.7])
+
+    monkeypatch.setattr(fig4a, "HERE", tmp_path)
+    (tmp_path / "README.md").write_text("<!-- order -->\n<!-- /order -->\n")
+    fig4a.keep_order("cifar", {"blurred": areas})
+    fig4a.keep_order("digits", {fig4a.USUAL: areas, fig4a.LEAST: areas})
+    fig4a.keep_order("cifar", {fig4a.USUAL: areas})
+    lines = (tmp_path / "README.md").read_text().splitlines()[3:-1]
+    shown = [[cell.strip() for cell in line.split("|")[1:4]] for line in lines]
+    digits, cifar = fig4a.TITLES["digits"], fig4a.TITLES["cifar"]
+    assert [row[:2] for row in shown] == [
+        [digits, "as usual"], [digits, "least relevant first"], [cifar, "as usual"], [cifar, "blurred"]
+    ]  # fmt: skip
+    assert "**+0.100 (+0.100 to +0.100)**" in lines[0]
+    assert "**-0.100" in lines[1]
 
 
 # --- models ---
