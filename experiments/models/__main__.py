@@ -18,14 +18,25 @@ import seaborn as sns
 import torch
 from matplotlib import pyplot as plt
 
-from experiments.fig3_signal_estimators.__main__ import BOOTSTRAP, FEW
-from experiments.jobs import CIFAR, SQUEEZENET, VGG16, arguments, cifar, given, settings, sweep
+from experiments.jobs import (
+    BOOTSTRAP,
+    CIFAR,
+    FEW,
+    NOTHING_ELSE,
+    SQUEEZENET,
+    VGG16,
+    arguments,
+    cifar,
+    given,
+    settings,
+    sweep,
+)  # fmt: skip
 from experiments.pages import markdown, write_block
 from pattern_bench.files import read_tensors
 from pattern_bench.results import write_csv
 
 HERE = Path(__file__).parent
-ESTIMATORS = ("random", "w", "a", "a_plus_minus")
+ESTIMATORS = ("w", "a", "a_plus_minus")
 TRAINING = "{epochs: 8, learning_rate: 0.002, batch_size: 128}"
 SMALL = ["model=cifar_vgg", "model.width=16", "model.dense=[128]", "model.dropout=0", f"model.training={TRAINING}"]
 TRAINED = {
@@ -44,7 +55,6 @@ FAMILIES = {
     for name in ("resnet18", "mobilenet_v2")
 }
 IMAGENET = {"SqueezeNet 1.1, ImageNet's weights": SQUEEZENET, "VGG-16's conv layers, ImageNet's weights": VGG16}
-NOTHING_ELSE = ["explanation.images=1", "degradation.images=1", "degradation.steps=1"]
 
 
 def angles(filters: Path, patterns: Path) -> pd.DataFrame:
