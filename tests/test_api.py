@@ -127,7 +127,7 @@ def test_mistakes_get_one_message(network):
         pb.collect_moments(network, ["image"])
     with pytest.raises(UserError, match="no Gram matrix"):
         pb.evaluate(network, patterns, moments, moments)
-    with pytest.raises(UserError, match="no closed form"):
+    with pytest.raises(UserError, match="is not measured here"):
         pb.evaluate(network, patterns, moments, moments, "positive")
     with pytest.raises(UserError, match="training mode"):
         pb.PatternNet(network.train(), patterns).attribute(loader()[0][0])
