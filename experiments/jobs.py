@@ -12,8 +12,6 @@ DIGITS, CIFAR, SQUEEZENET, VGG16 = "digits", "cifar", "squeezenet", "vgg16"
 EXPECTED = {"photographs": ["."], "cifar": ["train", "test"], "squeezenet": [""], "vgg16": [""]}
 """The folders of each; "" where it is a file."""
 NEEDS = {DIGITS: [], CIFAR: ["cifar"], SQUEEZENET: ["photographs", "squeezenet"], VGG16: ["photographs", "vgg16"]}
-
-
 ESTIMATORS = ("random", "w", "a", "a_plus_minus")
 # Of jobs that are there for ρ.
 NOTHING_ELSE = ["explanation.images=1", "degradation.images=1", "degradation.steps=1"]

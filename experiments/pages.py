@@ -22,6 +22,15 @@ def write_block(page: Path, name: str, text: str) -> None:
     page.write_text(re.sub(f"{re.escape(start)}.*{re.escape(end)}", lambda _: block, content, flags=re.DOTALL))
 
 
+def beside_others(file: Path, new: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """The new rows, after those of the table in ``file`` that have other ``keys``: what another run measured stays."""
+    if not file.exists():
+        return new
+    old = pd.read_csv(file)
+    measured = pd.MultiIndex.from_frame(old[keys]).isin(pd.MultiIndex.from_frame(new[keys]))
+    return pd.concat([old[~measured], new], ignore_index=True)
+
+
 def markdown(table: pd.DataFrame) -> str:
     """The table, as Markdown: cells as they are, numbers should be text already."""
     return str(table.to_markdown(index=False, disable_numparse=True))

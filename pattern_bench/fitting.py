@@ -103,9 +103,9 @@ class SplitMoments(Mapping[str, M]):
             more = self._moments(piece[layer])
             if total is not None:
                 total.add_(more)
-            elif isinstance(piece[layer], str):
+            elif isinstance(piece[layer], str) or len(self._pieces) == 1:
                 total = more
-            else:  # a copy, since the piece is asked for again
+            else:  # a copy to add to, since the piece is asked for again
                 total = more.times(1)
         if total is None:
             raise KeyError(layer)

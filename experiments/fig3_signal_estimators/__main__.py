@@ -22,8 +22,8 @@ from experiments.jobs import (
     given,
     settings,
     sweep,
-)  # fmt: skip
-from experiments.pages import markdown, with_error, write_block
+)
+from experiments.pages import beside_others, markdown, with_error, write_block
 from pattern_bench.figures import draw_rho
 from pattern_bench.results import write_csv
 
@@ -207,16 +207,13 @@ def main() -> None:
     options_of.add_argument("--networks", nargs="+", choices=TITLES, default=list(TITLES), help="these alone")
     options_of.add_argument("--investigate", action="store_true", help="the second table: what changes with λ, …")
     options = options_of.parse_args()
-    files = {name: HERE / f"{name}.csv" for name in ("by_layer", "summary", "changed")}
-    found = {
-        name: pd.read_csv(path) if path.exists() else pd.DataFrame({"network": []}) for name, path in files.items()
-    }
 
-    def keep(name: str, network: str, table: pd.DataFrame) -> None:
-        """In the place of what is known of this network; of the others it stays."""
-        others = found[name][found[name].network != network]
-        found[name] = pd.concat([others, table.assign(network=network)], ignore_index=True)
-        write_csv(files[name], found[name])
+    def keep(name: str, network: str, table: pd.DataFrame) -> pd.DataFrame:
+        """What is known of all networks, with the table in the place of what was known of this one."""
+        file = HERE / f"{name}.csv"
+        known = beside_others(file, table.assign(network=network), ["network"])
+        write_csv(file, known)
+        return known
 
     for network in given(options.networks, options):
         chosen = settings(network, options)
@@ -224,12 +221,12 @@ def main() -> None:
         draw_rho(rho, HERE / f"{network}.png", bootstrap)
         layers = by_layer(rho, bootstrap)
         keep("by_layer", network, layers)
-        keep("summary", network, over_layers(layers, bootstrap))
-        write_block(HERE / "README.md", "table", summary(found["summary"]))
+        summaries = keep("summary", network, over_layers(layers, bootstrap))
+        write_block(HERE / "README.md", "table", summary(summaries))
         if options.investigate:
             changed = over_changed(in_the_papers_terms(investigate(network, options.runs, chosen)))
-            keep("changed", network, changed)
-            write_block(HERE / "README.md", "investigation", findings(found["changed"], found["summary"]))
+            known = keep("changed", network, changed)
+            write_block(HERE / "README.md", "investigation", findings(known, summaries))
 
 
 if __name__ == "__main__":

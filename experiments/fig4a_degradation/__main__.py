@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.jobs import CIFAR, DIGITS, SQUEEZENET, arguments, folder, given, settings, sweep
-from experiments.pages import markdown, write_block
+from experiments.pages import beside_others, markdown, write_block
 from pattern_bench.figures import draw_degradation
 from pattern_bench.names import plain
 from pattern_bench.results import write_csv
@@ -56,7 +56,6 @@ def measure(network: str, runs: Path, chosen: list[str], slow: bool) -> tuple[pd
         for name in ("degradation.csv", "areas.csv")
     )
     keys = ["model", "data", "estimator", "method"]
-    areas = areas.drop_duplicates([*keys, "image"])
     # The random order is every job's; the one of the most images stands for all.
     most = curves.groupby(keys).n.transform("max")
     return curves[curves.n == most].drop_duplicates([*keys, "step"]), areas
@@ -160,10 +159,8 @@ def table(ranked: pd.DataFrame) -> str:
 def keep_order(network: str, found: dict[str, pd.DataFrame]) -> None:
     """What is known of the paper's order, with what is found of this network in the place of what was."""
     made = [steps(areas, -1 if what == LEAST else 1).assign(changed=what) for what, areas in found.items()]
-    new, file = pd.concat(made).assign(network=network), HERE / "order.csv"
-    if file.exists():
-        old = pd.read_csv(file)
-        new = pd.concat([new, old[~((old.network == network) & old.changed.isin(found))]])
+    file = HERE / "order.csv"
+    new = beside_others(file, pd.concat(made).assign(network=network), ["network", "changed"])
     rank = [list(TITLES), [USUAL, *CHANGES, *COARSE, "200 images"]]
     new = new.sort_values(["network", "changed"], key=lambda c: c.map(rank[c.name == "changed"].index), kind="stable")
     write_csv(file, new)

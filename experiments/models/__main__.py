@@ -30,8 +30,8 @@ from experiments.jobs import (
     given,
     settings,
     sweep,
-)  # fmt: skip
-from experiments.pages import markdown, write_block
+)
+from experiments.pages import beside_others, markdown, write_block
 from pattern_bench.files import read_tensors
 from pattern_bench.results import write_csv
 
@@ -151,12 +151,9 @@ def main() -> None:
             found.append(layers.assign(model=title, data="photographs", seed=0))
     if not found:
         raise SystemExit("nothing to measure: give --cifar, or --photographs and weights (--help)")
-    layers = pd.concat(found, ignore_index=True)
-    if (HERE / "layers.csv").exists():  # of other networks, from another time
-        kept = pd.read_csv(HERE / "layers.csv")
-        layers = pd.concat([layers, kept[~kept.model.isin(layers.model)]], ignore_index=True)
-        order = [*TRAINED, *FAMILIES, *IMAGENET]
-        layers = layers[layers.model.isin(order)].sort_values("model", key=lambda m: m.map(order.index), kind="stable")
+    layers = beside_others(HERE / "layers.csv", pd.concat(found, ignore_index=True), ["model"])
+    order = [*TRAINED, *FAMILIES, *IMAGENET]
+    layers = layers[layers.model.isin(order)].sort_values("model", key=lambda m: m.map(order.index), kind="stable")
     models = by_model(layers)
     write_csv(HERE / "layers.csv", layers.round(5))
     write_csv(HERE / "models.csv", models.round(5))
