@@ -19,7 +19,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from pattern_bench.names import plain
-from pattern_bench.results import ordered, standard_errors
+from pattern_bench.results import of_same_neurons, ordered, standard_errors
 from pattern_bench.styles import curve_label, curve_styles, estimator_colours, legible, method_place
 from pattern_bench.writing import write_file
 
@@ -43,13 +43,14 @@ def _save(figure: Figure, path: Path, dpi: int = DPI) -> None:
 
 
 def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Sequence[tuple[str, ...]] = ()) -> bool:
-    """Fig. 3: rho per layer and estimator; points are medians over neurons, bars reach from quartile to quartile, and
-    black caps one standard error of the median up and down where images were drawn again. The word stands in the place
-    of what is ``missing``, by model, data, criterion, probe, layer and estimator.
+    """Fig. 3: rho per layer and estimator; points are medians over the neurons that are live under all estimators of
+    the layer, bars reach from quartile to quartile, and black caps one standard error of the median (over all live
+    neurons of the estimator) up and down where images were drawn again. The word stands in the place of what is
+    ``missing``, by model, data, criterion, probe, layer and estimator.
 
     One panel per model, data set, criterion and probe. Draws nothing, and says so with False, where there is no rho.
     """
-    live = rho.dropna(subset=["rho"])
+    live = of_same_neurons(rho).dropna(subset=["rho"])
     if live.empty:
         return False
     cells = live.groupby(["model", "data", "criterion", "probe", "layer", "estimator"], sort=False)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
+
 from pattern_bench.errors import UserError
 from pattern_bench.figures import draw_degradation, draw_rho
 from pattern_bench.reporting import tables
@@ -73,7 +75,7 @@ def report(names: Sequence[str], output: Path) -> list[str]:
             lines.append("no run has a degradation curve, so there is no Fig. 4a")
         write_csv(output / "missing.csv", tables.missing_table(found))
         write_csv(output / "conflicts.csv", tables.conflict_table(found.conflicts))
-        lines += [*conflict_lines(found.conflicts), *missing_lines(found)]
+        lines += [*left_out_lines(rho), *conflict_lines(found.conflicts), *missing_lines(found)]
         command = shlex.join(["python", "-m", "pattern_bench.report", *names, "--output", str(output)])
         models = ", ".join(sorted({cell[0] for cell in found.cells}))
         lead = f"{counted(len(found.runs), 'run')} of {models}. Which explanation of the network should you believe?"
@@ -94,6 +96,15 @@ def _make(output: Path) -> None:
 def counted(number: int, what: str) -> str:
     """The number with its noun."""
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def left_out_lines(rho: pd.DataFrame) -> list[str]:
+    """How many live neurons Fig. 3, the table ``rho``, leaves out, if any."""
+    cells = rho[rho.left_out > 0]
+    if cells.empty:
+        return []
+    said = f"{cells.left_out.sum()} values of other live ones are left out, in {counted(len(cells), 'cell')}"
+    return [f"Fig. 3 is over the neurons that are live under all estimators: {said} (left_out)"]
 
 
 def conflict_lines(conflicts: Sequence[Conflict]) -> list[str]:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from pattern_bench.writing import write_file
@@ -126,6 +127,39 @@ def summarise_rho(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> dict[str, Any]:
             found = errors.loc[layer["layer"]]
             layer["standard_error"] = {name: _number(found[name]) for name in ("mean", "median")}
     return {"all": figures(rho), "layers": layers}
+
+
+LAYER = ("model", "data", "criterion", "probe", "layer")
+"""What tells the layers of Fig. 3 apart."""
+
+
+def of_same_neurons(
+    rho: pd.DataFrame, within: Sequence[str] = LAYER, of: Sequence[str] = ("estimator",)
+) -> pd.DataFrame:
+    """Return the table with ρ of those neurons alone that have one under all estimators which they stand beside.
+
+    An estimator's own live neurons are others than the next one's: means over them compare different neurons. An
+    estimator that has no ρ at all where it stands (S_x, which leaves no residual) takes no neuron from the others.
+
+    Args:
+        rho: columns ``layer``, ``neuron``, ``rho`` and those named below, in any order of rows.
+        within: columns that tell apart what does not stand side by side.
+        of: columns that tell estimators apart.
+
+    Returns:
+        All rows and columns, with NaN as ``rho`` of the neurons that are left out.
+    """
+    live = rho[rho.rho.notna()]
+    group, neuron, who = (
+        live.groupby(list(dict.fromkeys(columns)), sort=False, observed=True).ngroup().to_numpy()
+        for columns in (within, [*within, "layer", "neuron"], of)
+    )
+    # Which estimators have which neuron, and which are in which group: (places, estimators).
+    has, there = (np.zeros((place.max(initial=0) + 1, who.max(initial=0) + 1), dtype=bool) for place in (neuron, group))
+    has[neuron, who], there[group, who] = True, True
+    kept = rho.rho.notna().to_numpy(copy=True)
+    kept[kept] = has.sum(1)[neuron] == there.sum(1)[group]
+    return rho.assign(rho=rho.rho.where(kept))
 
 
 def standard_errors(bootstrap: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

@@ -16,9 +16,10 @@ LAYERS = {"features.0": 8, "features.2": 12, "classifier": 5}
 def make_run(
     folder: Path, *, model="net", data="digits", estimator="a", criterion="all", method="pattern_attribution",
     layers=None, seed=0, better=0.0, ended="2026-01-01T00:00:00+00:00", run_id=None, resamples=0, steps=8, images=20,
-    overrides=None, accuracy=0.9, settings=None, picture=False, seconds=None,
+    overrides=None, accuracy=0.9, settings=None, picture=False, seconds=None, dead=None,
 ) -> Path:  # fmt: skip
-    """A complete run of one estimator; ``better`` is added to all its ρ."""
+    """A complete run of one estimator; ``better`` is added to all its ρ, and ``dead`` are the neurons of each layer
+    that have none (every seventh by default)."""
     folder.mkdir(parents=True, exist_ok=True)
     layers = LAYERS if layers is None else layers
     draw, again = (np.random.default_rng([part, seed, *estimator.encode()]) for part in (0, 1))
@@ -26,9 +27,9 @@ def make_run(
     tables, drawn = [], []
     for index, (layer, neurons) in enumerate(layers.items()):
         rho = np.clip(draw.normal(0.6, 0.1, neurons), 0, 1) + better
-        dead = np.arange(neurons) % 7 == 6
-        rho = np.full(neurons, np.nan) if estimator == "x" else np.where(dead, np.nan, rho)
-        table = pd.DataFrame({"neuron": range(neurons), "rho": rho, "dead": dead & (estimator != "x")})
+        dies = np.arange(neurons) % 7 == 6 if dead is None else np.isin(np.arange(neurons), list(dead))
+        rho = np.full(neurons, np.nan) if estimator == "x" else np.where(dies, np.nan, rho)
+        table = pd.DataFrame({"neuron": range(neurons), "rho": rho, "dead": dies & (estimator != "x")})
         tables.append(table.assign(layer=layer, layer_index=index, **names))
         if resamples:
             noise = again.normal(0, 0.02, resamples)

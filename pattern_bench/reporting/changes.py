@@ -15,7 +15,7 @@ from scipy.stats import t as student
 from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, ROUNDING, Cell, Gathered
 from pattern_bench.reporting.runs import Run
 from pattern_bench.reporting.tables import area_intervals, areas
-from pattern_bench.results import ordered
+from pattern_bench.results import LAYER, of_same_neurons, ordered
 
 RESAMPLES = 2000
 NAMES = [*CELL, "method"]
@@ -40,6 +40,7 @@ class Change:
         low, high: ends of the 95 % interval of ``b − a``.
         interval: what the interval is of.
         note: in which of the two it is missing, or why there is no value.
+        left_out: how many neurons have a ρ under the estimator, and none under another that is compared; of ρ alone.
     """
 
     quantity: str
@@ -50,6 +51,7 @@ class Change:
     high: float = math.nan
     interval: str = ""
     note: str = ""
+    left_out: int | None = None
 
     @property
     def verdict(self) -> str:
@@ -70,14 +72,14 @@ class Side:
     """The results of A or of B, with the names that they have in the comparison.
 
     Args:
-        layers: rows of rho of each cell.
-        drawn: its resamples, where there are any.
-        runs: which run has it.
+        rho: rows of all cells.
+        drawn: resamples of each cell, where there are any.
+        runs: which run has a cell.
         areas: of each curve, and the ends of its interval.
         accuracies: by model and data, of the latest run that measured it, and on how many images.
     """
 
-    layers: dict[Cell, pd.DataFrame]
+    rho: pd.DataFrame
     drawn: dict[Cell, pd.DataFrame]
     runs: dict[Cell, Run]
     areas: dict[Cell, tuple[float, Ends]]
@@ -119,8 +121,9 @@ def _side(found: Gathered, names: Alignment) -> Side:
         if "top1" in run.accuracy:
             key = called((str(run.accuracy.get("model")), str(run.accuracy.get("data"))), CURVE[:2])
             accuracies[key] = (float(run.accuracy["top1"]), int(run.accuracy["images"]))
+    aligned = {name: found.rho[name].cat.rename_categories(names[name]) for name in names}
     return Side(
-        {called(cell): rows for cell, rows in found.rho.groupby(CELL, sort=False)},
+        found.rho.assign(**aligned),
         {called(cell): rows for cell, rows in found.bootstrap.groupby(CELL, sort=False)},
         {called(cell): run for cell, run in found.cells.items()},
         {
@@ -136,47 +139,94 @@ def _side(found: Gathered, names: Alignment) -> Side:
 
 def _rho(a: Side, b: Side) -> list[Change]:
     wholes: dict[Cell, list[Cell]] = {}
-    for cell in dict.fromkeys([*a.layers, *b.layers]):
+    for cell in dict.fromkeys([*a.runs, *b.runs]):
         wholes.setdefault((*cell[:4], cell[5]), []).append(cell)
     rank = {name: place for place, name in enumerate(ordered(whole[4] for whole in wholes))}
+    by_layer, over_layers = Neurons(a, b, LAYER), Neurons(a, b, PANEL)
     found = []
     for (*panel, estimator), cells in sorted(wholes.items(), key=lambda whole: (whole[0][:4], rank[whole[0][4]])):
         names = {**dict(zip(PANEL, panel, strict=True)), "estimator": estimator}
-        found.append(_rho_change({**names, "layer": ALL_LAYERS}, a, b, cells))
-        found += [_rho_change({**names, "layer": cell[4]}, a, b, [cell]) for cell in cells]
+        found.append(_rho_change({**names, "layer": ALL_LAYERS}, a, b, cells, over_layers))
+        found += [_rho_change({**names, "layer": cell[4]}, a, b, [cell], by_layer) for cell in cells]
     return found
 
 
-def _rho_change(names: dict[str, str], a: Side, b: Side, cells: Sequence[Cell]) -> Change:
+class Neurons:
+    """The neurons that A and B are compared over: those that are live under all estimators of both. Where A and B have
+    different networks, whose neurons have nothing to do with each other, each has its own.
+
+    Args:
+        a, b: the sides.
+        within: columns that tell apart what is not compared.
+    """
+
+    def __init__(self, a: Side, b: Side, within: Sequence[str]) -> None:
+        both = pd.concat([a.rho.assign(side=0), b.rho.assign(side=1)], ignore_index=True)
+        both = both.astype(dict.fromkeys(CELL, str)).drop_duplicates(["side", *CELL, "neuron"])
+        neurons = both.drop_duplicates([*within, "layer", "neuron", "side"]).groupby([*within, "layer", "neuron"]).side
+        listed_in_both: Any = (neurons.size() == 2).groupby(list(within)).all()
+        self.within = len(within)
+        self.paired = {
+            where: listed or _same_network(a, b, where[0]) for where, listed in listed_in_both.to_dict().items()
+        }
+        wheres = pd.MultiIndex.from_frame(both[list(within)])
+        apart = ~wheres.map(self.paired).to_numpy(dtype=bool)
+        both["apart"] = apart * (1 + both.side)
+        compared = of_same_neurons(both, [*within, "apart"], ["side", "estimator"])
+        self.own, self.compared = (
+            dict(iter(table.dropna(subset=["rho"]).set_index(["layer", "neuron"]).groupby(["side", *CELL]).rho))
+            for table in (both, compared)
+        )
+
+    def of(self, cells: Sequence[Cell]) -> tuple[pd.Series, pd.Series, bool, int]:
+        """Return ρ in A and in B by layer and neuron; whether they have the same neurons; and how many other live ones
+        the estimator of the ``cells`` has."""
+        mine, its = (_below(self.compared, side, cells) for side in (0, 1))
+        own, others = (_below(self.own, side, cells).index for side in (0, 1))
+        paired = self.paired[cells[0][: self.within]]
+        if paired:
+            return mine, its, True, len(own.union(others)) - len(mine.index.union(its.index))
+        return mine, its, False, len(own) + len(others) - len(mine) - len(its)
+
+
+def _below(values: dict[tuple[Any, ...], pd.Series], side: int, cells: Sequence[Cell]) -> pd.Series:
+    """The ``values`` of a side's cells, below one another."""
+    found = [values[side, *cell] for cell in cells if (side, *cell) in values]
+    return pd.concat(found) if found else pd.Series(dtype=float, index=pd.MultiIndex.from_arrays([[], []]))
+
+
+def _same_network(a: Side, b: Side, model: str) -> bool:
+    """Whether all runs of the model have the same settings of it, going by what is known."""
+    known = [
+        {key: value for key, value in run.settings.items() if key.startswith("model.")}
+        for side in (a, b)
+        for cell, run in side.runs.items()
+        if cell[0] == model
+    ]
+    return all(known) and all(each == known[0] for each in known)
+
+
+def _rho_change(names: dict[str, str], a: Side, b: Side, cells: Sequence[Cell], neurons: Neurons) -> Change:
     """Of one layer, or of several together. The interval is over images where both sides drew them again, for then
-    patterns, v and ρ are computed anew for each draw; otherwise over neurons, as if those of the layer were drawn from
-    many like them, with the images as they are. Where both have the same neurons, they are compared one by one."""
-    mine, its = _live(a, cells), _live(b, cells)
+    patterns, v and ρ are computed anew for each draw (and averaged over all live neurons, which is what runs keep of
+    it); otherwise over neurons, as if those of the layer were drawn from many like them, with the images as they are.
+    Where both have the same neurons, they are compared one by one."""
+    mine, its, paired, left_out = neurons.of(cells)
     for side, other in ((a, "A"), (b, "B")):
-        if not any(cell in side.layers for cell in cells):
-            return Change("rho", names, mine.mean(), its.mean(), note=f"missing in {other}")
-    if not (mine.count() and its.count()):
-        return Change("rho", names, mine.mean(), its.mean(), note="not defined")
-    paired = set(mine.index) == set(its.index)
-    both = mine.index[mine.notna()].intersection(its.index[its.notna()])
-    paired = paired and len(both) > 0
-    mine, its = (mine[both], its[both]) if paired else (mine.dropna(), its.dropna())
-    drawn = _drawn_again(a, cells), _drawn_again(b, cells)
+        if not any(cell in side.runs for cell in cells):
+            return Change("rho", names, mine.mean(), its.mean(), note=f"missing in {other}", left_out=left_out)
+    if not (len(mine) and len(its)):
+        return Change("rho", names, mine.mean(), its.mean(), note="not defined", left_out=left_out)
+    drawn = _drawn_again(a, cells, mine), _drawn_again(b, cells, its)
     if drawn[0] is not None and drawn[1] is not None:
         same = _same_draws([side.runs[cell] for side in (a, b) for cell in cells if cell in side.runs])
         ends, how = over_images(its.mean() - mine.mean(), drawn[0], drawn[1], same)
+        how += ", with the neurons left out" if left_out else ""
     else:
+        its = its.reindex(mine.index) if paired else its
         ends = over_neurons(mine.to_numpy(), its.to_numpy(), paired)
         how = f"neurons, {'paired' if paired else 'unpaired'} bootstrap"
-    return Change("rho", names, mine.mean(), its.mean(), *ends, how)
-
-
-def _live(side: Side, cells: Sequence[Cell]) -> pd.Series:
-    """rho by layer and neuron; NaN for dead ones."""
-    rows = [side.layers[cell] for cell in cells if cell in side.layers]
-    if not rows:
-        return pd.Series(dtype=float)
-    return pd.concat(rows).drop_duplicates(["layer", "neuron"]).set_index(["layer", "neuron"]).rho
+    return Change("rho", names, mine.mean(), its.mean(), *ends, how, left_out=left_out)
 
 
 def over_neurons(a: np.ndarray, b: np.ndarray, paired: bool) -> Ends:
@@ -210,14 +260,14 @@ def over_images(difference: float, a: np.ndarray, b: np.ndarray, same_draws: boo
     return (difference - reach, difference + reach), how
 
 
-def _drawn_again(side: Side, cells: Sequence[Cell]) -> np.ndarray | None:
-    """Mean rho under each resample over the layers, each weighted with its live neurons, (resamples,); None where a
+def _drawn_again(side: Side, cells: Sequence[Cell], rho: pd.Series) -> np.ndarray | None:
+    """Mean ρ under each resample over the layers, each weighted with its neurons in ``rho``, (resamples,); None where a
     layer has fewer than two resamples, or others than the rest."""
+    neurons = rho.groupby(level=0).size()
     columns: list[pd.Series] = []
     weights = []
     for cell in cells:
-        live = side.layers[cell].rho.count() if cell in side.layers else 0
-        if not live:
+        if cell not in side.runs or cell[4] not in neurons.index:
             continue
         if cell not in side.drawn:
             return None
@@ -225,7 +275,7 @@ def _drawn_again(side: Side, cells: Sequence[Cell]) -> np.ndarray | None:
         if len(means) < 2 or (columns and not means.index.equals(columns[0].index)):
             return None
         columns.append(means)
-        weights.append(live)
+        weights.append(neurons[cell[4]])
     return np.average([each.to_numpy() for each in columns], axis=0, weights=weights) if columns else None
 
 
@@ -302,9 +352,9 @@ def change_table(found: Sequence[Change]) -> pd.DataFrame:
         {
             "quantity": change.quantity, **change.names, "a": change.a, "b": change.b,
             "difference": change.b - change.a, "low": change.low, "high": change.high, "interval": change.interval,
-            "verdict": change.verdict,
+            "verdict": change.verdict, "left_out": change.left_out,
         }
         for change in found
     ]  # fmt: skip
-    columns = ["quantity", *NAMES, "a", "b", "difference", "low", "high", "interval", "verdict"]
-    return pd.DataFrame(rows, columns=columns)
+    columns = ["quantity", *NAMES, "a", "b", "difference", "low", "high", "interval", "verdict", "left_out"]
+    return pd.DataFrame(rows, columns=columns).astype({"left_out": "Int64"})

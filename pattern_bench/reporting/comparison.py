@@ -26,17 +26,23 @@ from pattern_bench.results import ordered, write_csv
 from pattern_bench.styles import Style, estimator_colours
 from pattern_bench.writing import write_file
 
-COLUMNS = ["quantity", "of", "A", "B", "B − A", "95 % interval", "verdict"]
+COLUMNS = ["quantity", "of", "A", "B", "B − A", "95 % interval", "verdict", "left out"]
 HOW = (
     "Larger is better: of ρ (1: the estimator found all of the signal), of the area over the degradation curve, and of "
     "accuracy. A verdict is given where the whole 95 % interval of the difference speaks for it; of twenty that did "
     "not change, about one gets a verdict by chance. Baselines, random directions and orders, show what changed "
     "whatever the explanation: that predictions fall more easily, say."
 )
+NEURONS = (
+    "ρ is averaged over the neurons that are live under all estimators in A and in B (of different networks, in each "
+    "by itself); how many other live neurons an estimator has, stands under ‘left out’."
+)
 INTERVALS = (
     "Intervals over images (paired or independent resamples) tell whether the difference would stay with other images; "
     "those over neurons, given where images were not drawn again in both, whether it would with other neurons like "
-    "these, for the same images. Intervals called independent are too wide where A and B share images."
+    "these, for the same images. Intervals called independent are too wide where A and B share images. Of images that "
+    "were drawn again runs keep means over all live neurons of an estimator: where some are left out, and the interval "
+    "says that they are in it, its width is that of these means."
 )
 
 
@@ -52,7 +58,7 @@ def compare(a: Gathered, b: Gathered, output: Path) -> tuple[list[Change], list[
 def markdown(found: Sequence[Change], settings: Sequence[tuple[str, str, str]]) -> list[str]:
     """The lines of ``compare.md``."""
     rows = pd.DataFrame([line(change) for change in found], columns=COLUMNS)
-    lines = ["# What changed from A to B", "", HOW, "", INTERVALS, ""]
+    lines = ["# What changed from A to B", "", HOW, "", NEURONS, "", INTERVALS, ""]
     lines += [rows.to_markdown(index=False, disable_numparse=True), "", "## Settings", ""]
     if settings:
         lines.append(pd.DataFrame(settings, columns=["setting", "A", "B"]).to_markdown(index=False))
@@ -79,7 +85,8 @@ def is_whole(change: Change) -> bool:
 def line(change: Change) -> list[str]:
     """A row of text, in the order of COLUMNS."""
     values = ["–" if value != value else number(value, 4) for value in (change.a, change.b, change.b - change.a)]
-    return [change.quantity.replace("rho", "ρ"), of(change), *values, _interval(change), change.verdict]
+    shown = [*values, _interval(change), change.verdict, _left_out(change)]
+    return [change.quantity.replace("rho", "ρ"), of(change), *shown]
 
 
 def of(change: Change) -> str:
@@ -92,6 +99,10 @@ def of(change: Change) -> str:
         parts.append(plain(names["estimator"]))
     parts += [plain(names["method"])] if "method" in names else []
     return ", ".join(part for part in [*parts, names.get("layer", "")] if part)
+
+
+def _left_out(change: Change) -> str:
+    return "–" if change.left_out is None else str(change.left_out)
 
 
 def _interval(change: Change) -> str:
@@ -107,7 +118,7 @@ def comparison_sections(
     """The page: what changed as a whole, by layer, in settings; pictures of both; what is missing in either."""
     layers = [change for change in found if not is_whole(change)]
     shown = [
-        Section("comparison", "What changed", (HOW, INTERVALS),
+        Section("comparison", "What changed", (HOW, NEURONS, INTERVALS),
                 (_table("Changes", [c for c in found if is_whole(c)]),)),
         Section("layers", "ρ by layer", figures=tuple(_figures(layers)), folded=(_table("Changes by layer", layers),)),
         _settings(settings),
@@ -123,7 +134,7 @@ def comparison_sections(
 
 
 def _table(caption: str, found: Sequence[Change]) -> Table:
-    columns = ["quantity", "of", "A", "B", "B − A", "95 % interval", "interval over", "verdict"]
+    columns = ["quantity", "of", "A", "B", "B − A", "95 % interval", "interval over", "verdict", "left out"]
     kinds = {BETTER: "better", WORSE: "worse"}
     rows = []
     for change in found:
@@ -131,9 +142,10 @@ def _table(caption: str, found: Sequence[Change]) -> Table:
         rows.append(
             [words(change.quantity.replace("rho", "ρ")), words(of(change)), numeral(change.a, 4), numeral(change.b, 4),
              numeral(change.b - change.a, 4), Field(_interval(change), "number", change.low),
-             words(change.interval or "–"), Field(change.verdict, kinds.get(change.verdict, missing))]
+             words(change.interval or "–"), Field(change.verdict, kinds.get(change.verdict, missing)),
+             Field(_left_out(change), "number", change.left_out)]
         )  # fmt: skip
-    return Table(caption, columns, rows, frozenset(range(2, 6)))
+    return Table(caption, columns, rows, frozenset({*range(2, 6), 8}))
 
 
 def _settings(settings: Sequence[tuple[str, str, str]]) -> Section:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from rich.box import SIMPLE
@@ -16,8 +16,8 @@ from pattern_bench.results import ordered
 
 
 def show(rho: pd.DataFrame, areas: pd.Series, missing: Sequence[Cell], console: Console) -> None:
-    """A table per model, data set, criterion and probe: the median of ρ(S) by layer and estimator; and one of the area
-    over the curve.
+    """A table per model, data set, criterion and probe: the median of ρ(S) by layer and estimator, over the neurons
+    that are live under all of them; and one of the area over the curve.
 
     Args:
         rho: as :func:`~pattern_bench.reporting.tables.rho_table` gives it.
@@ -42,9 +42,19 @@ def show(rho: pd.DataFrame, areas: pd.Series, missing: Sequence[Cell], console: 
         for layer in panel.layer.drop_duplicates():
             table.add_row(str(layer), *(str(wide.loc[layer, name]) for name in estimators))
         console.print(table)
+        if out := ", ".join(left_out(panel)):
+            console.print(f"over the neurons live under all estimators; left out: {out}", highlight=False)
     found = pd.concat([areas, pd.Series(float("nan"), pd.MultiIndex.from_tuples(missing, names=CURVE))])
     if len(found):
         _show_areas(found, console)
+
+
+def left_out(table: pd.DataFrame) -> Iterator[str]:
+    """Say, by estimator, how many of its live neurons Fig. 3, a ``table``, leaves out."""
+    for name in ordered(table.estimator):
+        own = table[table.estimator == name].dropna(subset=["left_out"])
+        if out := int(own.left_out.sum()):
+            yield f"{out} of {int((own.neurons - own.dead).sum())} of {plain(name)}"
 
 
 def _show_areas(areas: pd.Series, console: Console) -> None:

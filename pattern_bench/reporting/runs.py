@@ -126,7 +126,7 @@ def read_runs(found: Found) -> list[Run]:
         key = run.summary.get("run_id") or _content(folder)
         if key not in once or run.ended >= once[key].ended:
             once[key] = run
-    return sorted(once.values(), key=lambda run: run.ended)
+    return sorted(once.values(), key=lambda run: (run.ended, run.name))
 
 
 def _content(folder: Path) -> str:

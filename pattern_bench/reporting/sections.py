@@ -28,10 +28,10 @@ from pattern_bench.reporting.plots import Histogram, Value, curves, dots, histog
 from pattern_bench.reporting.runs import JOB, Pictures, Run, differing
 from pattern_bench.reporting.sweeps import command_of
 from pattern_bench.reporting.tables import MISSING, UNDEFINED, conflict_table, missing_table, overview
-from pattern_bench.results import ordered
+from pattern_bench.results import of_same_neurons, ordered
 from pattern_bench.styles import Style, curve_label, curve_styles, estimator_colours
 
-NO_RHO = "no value: without a residual (S_x), or without a live neuron, ρ is not defined"
+NO_RHO = "no value: without a residual (S_x), or without a neuron that is live under all estimators, ρ is not defined"
 
 
 # --- the overview ---
@@ -55,8 +55,9 @@ def overview_table(found: Gathered) -> Table:
              numeral(line.accuracy)]
         )  # fmt: skip
     return Table(
-        "Mean ρ over all live neurons, with ± one standard error over images where images were drawn again "
-        "(1: the estimator found all of the signal, 0: none); area over the degradation curve with its 95 % interval "
+        "Mean ρ over the neurons of all layers that are live under all estimators of a model, data set and criterion, "
+        "with ± one standard error over images where images were drawn again (1: the estimator found all of the "
+        "signal, 0: none); area over the degradation curve with its 95 % interval "
         "over images, by method (larger is better); top-1 accuracy of the network.",
         columns, rows, frozenset(range(4, len(columns))),
     )  # fmt: skip
@@ -67,8 +68,12 @@ def _mean(line: Any) -> Field:
         return Field(MISSING, "missing")
     if math.isnan(line.mean):
         return Field("–", "number", None, NO_RHO if line.names[4] != "none" else "")
-    note = f"{line.lacking} of {line.layers + line.lacking} layers are missing" if line.lacking else ""
-    return Field(number(line.mean), "number", line.mean, note, f"± {number(line.error)}" if line.error >= 0 else "")
+    said = [f"{line.lacking} of {line.layers + line.lacking} layers are missing"] if line.lacking else []
+    if line.left_out:
+        live = line.neurons + line.left_out
+        said.append(f"{line.left_out} of {live} live neurons are left out: another estimator has no ρ for them")
+    below = f"± {number(line.error)}" if line.error >= 0 else ""
+    return Field(number(line.mean), "number", line.mean, "; ".join(said), below)
 
 
 def _area(value: tuple[float, float, float] | None) -> Field:
@@ -79,6 +84,21 @@ def _area(value: tuple[float, float, float] | None) -> Field:
 
 
 # --- the figures ---
+
+
+def same_neurons(table: pd.DataFrame) -> str:
+    """Say which neurons the values of Fig. 3, a ``table``, are over, and how many are left out."""
+    said = "The neurons of a layer are those that are live under all estimators which have a ρ there, so that all are "
+    said += "compared over the same ones"
+    cells = table[table.left_out > 0]
+    if cells.empty:
+        return f"{said}; none is left out."
+    most: Any = cells.sort_values("left_out", kind="stable").iloc[-1]
+    return (
+        f"{said}. Other live ones are left out in {len(cells)} of {int((table.neurons > 0).sum())} values (at most "
+        f"{most.left_out} of {most.neurons - most.dead}, of {plain(most.estimator)} in {most.layer} of {most.model}); "
+        "standard errors are of means and medians with them, since runs keep no others."
+    )
 
 
 def rho_figures(table: pd.DataFrame) -> list[Figure]:
@@ -112,22 +132,25 @@ def _rho_value(row: Any, layers: list[str]) -> Value:
     said = f"median {number(row['median'])}" + (f" ± {number(error)}" if error == error else "")
     said += f", quartiles {number(row.q25)} to {number(row.q75)}, mean {number(row['mean'])}, {row.neurons} neurons"
     said += f", {row.dead} of them dead" if row.dead else ""
+    said += f", {row.left_out} more left out" if row.left_out else ""
     return Value(layers.index(row.layer), row["median"], row.q25, row.q75, error, what + said)
 
 
 def _rho_values(rows: pd.DataFrame, panel: Sequence[Any]) -> Table:
-    columns = ["layer", "estimator", "mean", "median", "lower quartile", "upper quartile", "neurons", "dead"]
+    columns = ["layer", "estimator", "mean", "median", "lower quartile", "upper quartile"]
+    columns += ["neurons", "dead", "left out"]
     errors = [name for name in ("standard_error_mean", "standard_error_median") if name in rows]
     shown = []
     order = {layer: place for place, layer in enumerate(dict.fromkeys(rows.layer))}
     for _, row in rows.iterrows():
         line = [Field(row.layer, value=order[row.layer]), Field(row.estimator, "estimator", plain(row.estimator))]
         if row.status == MISSING:
-            line += [Field(MISSING, "missing"), *[Field("", "number")] * (5 + len(errors))]
+            line += [Field(MISSING, "missing"), *[Field("", "number")] * (6 + len(errors))]
         else:
             note = NO_RHO if row.status == UNDEFINED else ""
             line += [numeral(row[name], note=note) for name in ("mean", "median", "q25", "q75")]
-            line += [numeral(row.neurons, 0), numeral(row.dead, 0), *(numeral(row[name]) for name in errors)]
+            line += [numeral(row[name], 0) for name in ("neurons", "dead", "left_out")]
+            line += [numeral(row[name]) for name in errors]
         shown.append(line)
     columns += [name.replace("_", " ") for name in errors]
     return Table(f"ρ, {_panel(panel)}", columns, shown, frozenset(range(2, len(columns))))
@@ -179,8 +202,10 @@ def _curve_values(names: dict[Any, str], known: dict[Any, pd.DataFrame], where: 
 
 
 def distributions(rho: pd.DataFrame, table: pd.DataFrame) -> list[Distributions]:
-    """Histograms of ρ over live neurons, a panel per model, data, criterion and probe; ``table`` is that of Fig. 3."""
-    live = {panel: rows for panel, rows in rho.dropna(subset=["rho"]).groupby(PANEL, sort=False)}
+    """Histograms of ρ over the neurons of Fig. 3, a panel per model, data, criterion and probe; ``table`` is that of
+    Fig. 3."""
+    compared = of_same_neurons(rho).dropna(subset=["rho"])
+    live = {panel: rows for panel, rows in compared.groupby(PANEL, sort=False)}
     found = []
     for panel, lines in table.groupby(PANEL, sort=False):
         if panel not in live:
@@ -304,7 +329,7 @@ def report_sections(found: Gathered, rho: pd.DataFrame, command: str) -> list[Se
             "fig3", "Fig. 3: ρ by layer and estimator",
             ("Marks are medians over the neurons of a layer, bars reach from quartile to quartile, and black caps one "
              "standard error over images up and down, where images were drawn again. 1: a linear reader finds nothing "
-             "of the neuron’s output in what the estimator left over; 0: everything.",),
+             "of the neuron’s output in what the estimator left over; 0: everything.", same_neurons(rho)),
             figures=tuple(rho_figures(rho)),
         ),
         Section(

@@ -14,7 +14,7 @@ import pandas as pd
 
 from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, Cell, Conflict, Gathered
 from pattern_bench.reporting.runs import Run
-from pattern_bench.results import ordered, standard_errors, write_csv
+from pattern_bench.results import of_same_neurons, ordered, standard_errors, write_csv
 from pattern_bench.writing import write_file
 
 AREA = "area over the curve"
@@ -25,14 +25,16 @@ MISSING_COLUMNS = (*CELL, "method", "folder", "overrides", "command")
 
 
 def rho_table(rho: pd.DataFrame, bootstrap: pd.DataFrame, missing: Sequence[Cell] = ()) -> pd.DataFrame:
-    """Fig. 3 as a table: mean, median and quartiles of rho over the live neurons of each layer and estimator; with
-    standard errors of mean and median where images were drawn again; the status last. A row of its own for each
-    ``missing`` cell."""
+    """Fig. 3 as a table: mean, median and quartiles of rho by layer and estimator, over the neurons that are live under
+    all estimators of the layer; with standard errors where images were drawn again, of mean and median over the
+    estimator's own live neurons, which is what runs keep of a resample; the status; and how many live neurons are left
+    out, since another estimator has no rho for them. A row of its own for each ``missing`` cell."""
     groups = rho.groupby(CELL, sort=False)
-    quantiles: Any = groups.rho.quantile(np.array([0.25, 0.5, 0.75])).unstack()
+    compared = of_same_neurons(rho).groupby(CELL, sort=False).rho
+    quantiles: Any = compared.quantile(np.array([0.25, 0.5, 0.75])).unstack()
     table = pd.DataFrame(
         {
-            "mean": groups.rho.mean(),
+            "mean": compared.mean(),
             "median": quantiles[0.5],
             "q25": quantiles[0.25],
             "q75": quantiles[0.75],
@@ -43,6 +45,7 @@ def rho_table(rho: pd.DataFrame, bootstrap: pd.DataFrame, missing: Sequence[Cell
     if len(bootstrap):
         table = table.join(standard_errors(bootstrap, CELL).add_prefix("standard_error_"))
     table["status"] = table["mean"].isna().map({True: UNDEFINED, False: COMPLETE})
+    table["left_out"] = (groups.rho.count() - compared.count()).astype("Int64")
     index = pd.MultiIndex.from_tuples([*table.index, *missing], names=CELL)
     table = table.reindex(index).fillna({"status": MISSING})
     # A layer's place in its own network; the models keep theirs.
@@ -127,8 +130,9 @@ class Line:
     Args:
         names: values of PANEL and the estimator; criterion and probe are empty, and the estimator ``none``, for
             methods without patterns.
-        mean, error: of rho over all live neurons of all layers, and its standard error over images; NaN where there
-            is none.
+        mean, error: of rho over the neurons of all layers that are live under all estimators of the panel, and its
+            standard error over images; NaN where there is none.
+        neurons, left_out: how many that are, and how many other live ones it has.
         layers, lacking: how many layers have a value, and how many are missing.
         areas: of each method, the area over the curve and the ends of its 95 % interval (NaN where not known); None
             where the curve is missing. A method that was not asked for is not in it.
@@ -138,6 +142,8 @@ class Line:
     names: Cell
     mean: float
     error: float
+    neurons: int
+    left_out: int
     layers: int
     lacking: int
     areas: dict[str, tuple[float, float, float] | None]
@@ -152,9 +158,11 @@ def overview(found: Gathered) -> list[Line]:
         low, high = intervals.get(curve, (math.nan, math.nan))
         value = (float(by_curve[curve]), low, high) if curve in found.curves else None
         measured.setdefault(curve[:3], {})[curve[3]] = value
-    groups = found.rho.groupby([*PANEL, "estimator"], sort=False)
-    means = groups.rho.mean()
-    errors = errors_over_layers(found.rho, found.bootstrap)
+    by = [*PANEL, "estimator"]
+    compared = of_same_neurons(found.rho, PANEL)
+    groups = compared.groupby(by, sort=False).rho
+    means, neurons, live = groups.mean(), groups.count(), found.rho.groupby(by, sort=False).rho.count()
+    errors = errors_over_layers(compared, found.bootstrap)
     there, lacking = (Counter((*cell[:4], cell[5]) for cell in cells) for cells in (found.cells, found.missing_cells))
     runs = {(*cell[:4], cell[5]): run for cell, run in found.cells.items()}
     runs |= {(model, data, "", "", "none"): run for (model, data, _, _), run in found.curves.items()}
@@ -167,6 +175,8 @@ def overview(found: Gathered) -> list[Line]:
                 key,
                 float(means.get(key, math.nan)),
                 float(errors.get(key, math.nan)),
+                int(neurons.get(key, 0)),
+                int(live.get(key, 0) - neurons.get(key, 0)),
                 there[key],
                 lacking[key],
                 measured.get((key[0], key[1], key[4]), {}),
@@ -179,8 +189,9 @@ def overview(found: Gathered) -> list[Line]:
 
 
 def errors_over_layers(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> pd.Series:
-    """Standard errors over images of the mean over all live neurons, by PANEL and estimator: the spread over resamples
-    of the layers' means, each weighted with its live neurons. Only where all layers were drawn again."""
+    """Standard errors over images of the mean over all neurons that have a rho, by PANEL and estimator: the spread over
+    resamples of the layers' means, each weighted with its number of such neurons. Only where all layers were drawn
+    again."""
     live = rho.groupby(CELL).rho.count()
     drawn = bootstrap.groupby([*CELL, "resample"])["mean"].first().unstack()
     drawn = drawn.reindex(live.index[live > 0])
