@@ -10,13 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_runs import LAYERS, make_run
 from torch import nn
 
+import pattern_bench as pb
 from experiments import jobs, pages, pictures
 from experiments.fig3_signal_estimators import __main__ as fig3
 from experiments.fig3_signal_estimators.regimes import OwnMeans
 from experiments.fig4a_degradation import __main__ as fig4a
+from experiments.ground_truth import scoring
 from experiments.models import __main__ as models
+from experiments.neurons import over_same_neurons
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.firing import FiringCollector, firing_rho
 from pattern_bench.files import write_tensors
@@ -121,6 +125,25 @@ def test_the_error_over_layers_is_of_their_mean_in_each_resample():
     assert "| small VGG, digits | all" in fig3.summary(
         pd.concat([found.reset_index().assign(estimator=name, network="digits") for name in fig3.ESTIMATORS])
     )
+
+
+def test_the_figure_is_over_the_neurons_that_are_live_under_all_estimators():
+    """The digits' dense layers: a neuron that never fires has a low ρ under S_a, and none under S_a+-."""
+    rho, drawn = made()
+    rho = rho.assign(neuron=list(range(6)) * 4)
+    other = rho.assign(estimator="a_plus_minus")
+    other.loc[(other.layer == "fc6") & (other.neuron < 2), ["rho", "dead"]] = [np.nan, True]
+    rho.loc[(rho.layer == "fc6") & (rho.neuron < 2), "rho"] = -1.0
+    both = pd.concat([rho, other], ignore_index=True)
+    layers = fig3.compared_by_layer(both, drawn).set_index(["estimator", "layer"])
+    pair = rho[(rho.layer == "fc6") & (rho.neuron >= 2)].rho
+    assert layers["mean"]["a", "fc6"] == layers["mean"]["a_plus_minus", "fc6"] == pytest.approx(pair.mean())
+    assert layers[["neurons", "dead", "left_out"]].loc[("a", "fc6")].tolist() == [4, 0, 2]
+    assert layers[["neurons", "dead", "left_out"]].loc[("a_plus_minus", "fc6")].tolist() == [4, 2, 0]
+    assert (layers.left_out.drop(("a", "fc6")) == 0).all()
+    # And beside what was changed.
+    changed = fig3.beside_usual(rho, other.assign(changed=fig3.OWN))
+    assert changed.set_index("where")["mean"]["dense"].tolist() == pytest.approx([pair.mean()] * 2)
 
 
 def test_some_neurons_for_a_layer_add_the_error_of_their_draw():
@@ -232,6 +255,69 @@ def test_angles_between_filters_and_patterns(tmp_path):
         for p, q in ((w[i].flatten().numpy(), a[i].flatten().numpy()) for i in (0, 2))
     ]
     assert found == pytest.approx(expected, abs=1e-3)
+    # Beside a third, of those alone that are live there, too.
+    third = {"features.0/positive": a, "features.0/negative": a, "features.0/dead": torch.tensor([True, False, False])}
+    (tmp_path / "third").mkdir()
+    write_tensors(tmp_path / "third" / "patterns.safetensors", third, {})
+    beside = models.angles(tmp_path / "w", tmp_path / "a", tmp_path / "third").degrees
+    assert beside.tolist() == pytest.approx(expected[1:], abs=1e-3)
+
+
+def test_a_models_means_are_over_the_neurons_that_are_live_under_all_estimators(tmp_path):
+    dead = {"w": [], "a": [1], "a_plus_minus": [1, 4]}
+    for place, (name, dies) in enumerate(dead.items()):
+        run = make_run(tmp_path / str(place), estimator=name, dead=dies)
+        torch.manual_seed(place)
+        tensors = {}
+        for layer, neurons in LAYERS.items():
+            pattern = torch.randn(neurons, 9)
+            alone = torch.tensor([neuron in dies for neuron in range(neurons)])
+            tensors |= {f"{layer}/positive": pattern, f"{layer}/negative": pattern, f"{layer}/dead": alone}
+        write_tensors(run / "patterns.safetensors", tensors, {})
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"accuracy": 0.5}))
+    table = models.measured(tmp_path).set_index("layer")
+    rows = pd.concat([pd.read_csv(file) for file in tmp_path.glob("*/rho.csv")])
+    shared = rows[~rows.neuron.isin([1, 4])].groupby(["layer", "estimator"]).rho.mean()
+    for layer in LAYERS:
+        assert [table[name][layer] for name in dead] == pytest.approx([shared[layer, name] for name in dead])
+        assert table.left_out[layer] == 2
+
+
+# --- ground truth, scaling ---
+
+
+def test_estimators_that_were_measured_from_python_are_compared_over_the_same_neurons():
+    nan = torch.nan
+    rho = {
+        "w": {"one": torch.tensor([0.1, 0.2, 0.3, nan]), "two": torch.tensor([0.5, 0.6])},
+        "a": {"one": torch.tensor([nan, 0.7, 0.8, nan]), "two": torch.tensor([nan, nan])},
+    }
+    by_layer, together = over_same_neurons(rho), over_same_neurons(rho, within=())
+    for found, two in ((by_layer, [0.5, 0.6]), (together, [nan, nan])):
+        assert found["w"]["one"].tolist() == pytest.approx([nan, 0.2, 0.3, nan], nan_ok=True)
+        assert found["a"]["one"].tolist() == pytest.approx([nan, 0.7, 0.8, nan], nan_ok=True)
+        assert found["w"]["two"].tolist() == pytest.approx(two, nan_ok=True)
+
+
+def test_where_the_truth_is_known_rho_is_of_the_same_neurons():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).eval().requires_grad_(False)
+    network[0].bias[:3] = torch.tensor([-50.0, 50.0, -50.0])  # never fires, always fires, never fires
+    images = torch.randn(60, 6)
+    moments = pb.collect_moments(network, [images])
+    patterns = {name: pb.fit_patterns(network, moments, name) for name in ("w", "a", "a_plus_minus")}
+    dead = patterns["a_plus_minus"]["0"].dead
+    assert dead[:3].all()
+    found = scoring._rho(network, patterns, moments, moments)
+    for name, own in patterns.items():
+        layers = pb.evaluate(network, own, moments, moments)
+        live = [layers["0"][~dead], layers["2"][~patterns["a_plus_minus"]["2"].dead]]
+        assert found[name]["rho_first"] == pytest.approx(float(live[0].mean()))
+        assert found[name]["rho_all"] == pytest.approx(float(torch.cat(live).mean()))
+    assert found["w"]["rho_first"] != pytest.approx(
+        float(pb.evaluate(network, patterns["w"], moments, moments)["0"].mean())
+    )
 
 
 # --- as a reader runs them ---

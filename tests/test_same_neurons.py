@@ -257,7 +257,7 @@ def test_a_sweeps_table_in_the_terminal(tmp_path):
     line = next(line.split() for line in said.splitlines() if line.strip().startswith("features.2"))
     order = ["random", "w", "a", "a_plus_minus", "mine"]
     assert [word for word in line[1:] if word != "–"] == [f"{np.median(medians['features.2', e]):.3f}" for e in order]
-    out = "9 of 25 of random, 9 of 25 of S_w, 6 of 22 of S_a, 3 of 19 of S_a+-, 6 of 22 of mine"
+    out = "9 of 25 of random, 9 of 25 of S_w, 6 of 25 of S_a, 3 of 25 of S_a+-, 6 of 25 of mine"
     assert f"over the neurons live under all estimators; left out: {out}" in said
 
 

@@ -25,7 +25,7 @@ from experiments.jobs import (
 )
 from experiments.pages import beside_others, markdown, with_error, write_block
 from pattern_bench.figures import draw_rho
-from pattern_bench.results import write_csv
+from pattern_bench.results import of_same_neurons, write_csv
 
 HERE = Path(__file__).parent
 CRITERIA = ("all", "rectified", "positive")
@@ -43,7 +43,8 @@ FIRING = {
 
 
 def measure(network: str, runs: Path, chosen: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """ρ of every neuron, and its means by layer and resample, from the runs of a network."""
+    """ρ of every neuron, and its means by layer and resample (each over all neurons that are live under the estimator),
+    from the runs of a network."""
     estimators = f"estimator={','.join(ESTIMATORS)}"
     shared = sweep(
         runs / network, *chosen, *NOTHING_ELSE, *BOOTSTRAP[network], estimators, f"criterion={','.join(CRITERIA[:2])}"
@@ -116,8 +117,9 @@ KEYS = ["criterion", "layer_index", "layer", "estimator"]
 
 def by_layer(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> pd.DataFrame:
     """Per criterion, layer and estimator: mean, median and quartiles over the neurons that have a ρ; the standard
-    error of the mean over images (bootstrap), or, where none were drawn again, over neurons; and what the draw of the
-    neurons adds to the former, where a criterion is measured on fewer than another."""
+    error of the mean over images (bootstrap, of all live neurons of the estimator), or, where none were drawn again,
+    over neurons; and what the draw of the neurons adds to the former, where a criterion is measured on fewer than
+    another."""
     cells = rho.groupby(KEYS, sort=False)
     found = cells.rho.agg(
         mean="mean", median="median", q25=lambda r: r.quantile(0.25), q75=lambda r: r.quantile(0.75), neurons="count"
@@ -126,10 +128,17 @@ def by_layer(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> pd.DataFrame:
     found["error"] = bootstrap.groupby(KEYS, sort=False)["mean"].std()
     found["error_over"] = found.error.isna().map({True: "neurons", False: "images"})
     measured = cells.size()
-    left_out = 1 - measured / measured.groupby(KEYS[1:]).transform("max")  # as the sample grows to the whole, to 0
-    found["error_of_draw"] = (cells.rho.var() * left_out / found.neurons) ** 0.5
+    unmeasured = 1 - measured / measured.groupby(KEYS[1:]).transform("max")  # as the sample grows to the whole, to 0
+    found["error_of_draw"] = (cells.rho.var() * unmeasured / found.neurons) ** 0.5
     found["error"] = found.error.fillna(cells.rho.std() / found.neurons**0.5)
     return found.reset_index()
+
+
+def compared_by_layer(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> pd.DataFrame:
+    """As :func:`by_layer`, over the neurons that have a ρ under all estimators; ``left_out`` is how many others have
+    one."""
+    layers = by_layer(of_same_neurons(rho, ["criterion", "layer"]), bootstrap)
+    return layers.assign(left_out=rho.groupby(KEYS, sort=False).rho.count().to_numpy() - layers.neurons)
 
 
 def over_layers(layers: pd.DataFrame, bootstrap: pd.DataFrame) -> pd.DataFrame:
@@ -179,10 +188,24 @@ def over_changed(table: pd.DataFrame) -> pd.DataFrame:
     return layers.mean().groupby(["criterion", "where", "changed", "estimator"]).mean().rename("mean").reset_index()
 
 
+def beside_usual(usual: pd.DataFrame, changed: pd.DataFrame) -> pd.DataFrame:
+    """As :func:`over_changed`, of S_a and S_a+- as usual and of what was changed, over the neurons that have a ρ under
+    all of these.
+
+    Args:
+        usual: ρ of every neuron.
+        changed: the same, and what was ``changed``.
+    """
+    pair = usual[usual.estimator.isin(("a", "a_plus_minus"))].assign(changed=USUAL)
+    both = pd.concat([pair, changed], ignore_index=True)
+    return over_changed(of_same_neurons(both, ["criterion", "layer"], ["changed", "estimator"]))
+
+
 def findings(changed: pd.DataFrame, usual: pd.DataFrame) -> str:
-    """S_a / S_a+- as usual and with one thing changed, and what stands in S_a+-'s place."""
+    """S_a / S_a+- as usual and with one thing changed, and what stands in S_a+-'s place. What is usual is of the same
+    neurons as what was changed where it was kept beside it, and else that of the first table."""
     keys = ["network", "criterion", "where"]
-    both = pd.concat([changed, usual.assign(changed=USUAL)])
+    both = pd.concat([usual.assign(changed=USUAL), changed])
     values = both.set_index([*keys, "changed", "estimator"])["mean"].to_dict()
 
     def pair(*cell: str) -> str:
@@ -219,12 +242,12 @@ def main() -> None:
         chosen = settings(network, options)
         rho, bootstrap = map(in_the_papers_terms, measure(network, options.runs, chosen))
         draw_rho(rho, HERE / f"{network}.png", bootstrap)
-        layers = by_layer(rho, bootstrap)
+        layers = compared_by_layer(rho, bootstrap)
         keep("by_layer", network, layers)
         summaries = keep("summary", network, over_layers(layers, bootstrap))
         write_block(HERE / "README.md", "table", summary(summaries))
         if options.investigate:
-            changed = over_changed(in_the_papers_terms(investigate(network, options.runs, chosen)))
+            changed = beside_usual(rho, in_the_papers_terms(investigate(network, options.runs, chosen)))
             known = keep("changed", network, changed)
             write_block(HERE / "README.md", "investigation", findings(known, summaries))
 

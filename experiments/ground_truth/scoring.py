@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import pattern_bench as pb
 from experiments.ground_truth.networks import MODELS, trained
+from experiments.neurons import over_same_neurons
 from pattern_bench.api import LayerMoments, Patterns
 from pattern_bench.core.degradation import area_over_curve
 from pattern_bench.core.truth import angle, precision, share
@@ -50,8 +51,8 @@ class Setting:
 
 def score(setting: Setting, seed: int) -> pd.DataFrame:
     """A row for each model, and estimator and method: the scores' means over the explained images, ``rho_first`` and
-    ``rho_all`` (mean over the live neurons of the first layer, and of all) of estimators, the same under the criterion
-    ``rectified`` as ``rectified_first`` and ``rectified_all``, ``area_mean`` and
+    ``rho_all`` of estimators (mean over the neurons of the first layer, and of all, that are live under all of them),
+    the same under the criterion ``rectified`` as ``rectified_first`` and ``rectified_all``, ``area_mean`` and
     ``area_zero`` (area over the degradation curve), and the model's ``accuracy``."""
     images = setting.train + setting.validation
     known = draw(setting.scenario, setting.side, setting.signal, setting.suppressor, images, seed)
@@ -80,7 +81,7 @@ def _of_one_network(setting: Setting, known: KnownSignal, model: str, seed: int)
     fit = pb.collect_moments(network, known.images[:half].split(250), gram=False)
     probe, test = (pb.collect_moments(network, part.split(250)) for part in (known.images[half:train], held))
     patterns = {name: pb.fit_patterns(network, fit, name, seed=seed) for name in ESTIMATORS}
-    rho = {name: _rho(network, found, probe, test) for name, found in patterns.items()}
+    rho = _rho(network, patterns, probe, test)
 
     maps = heat_maps(network, patterns, known.images[chosen], known.labels[chosen], known.images[:half], seed)
     unit = setting.side // UNITS
@@ -99,11 +100,17 @@ def _of_one_network(setting: Setting, known: KnownSignal, model: str, seed: int)
     return pd.DataFrame(rows).assign(accuracy=float(right.float().mean()))
 
 
-def _rho(network: nn.Module, patterns: Patterns, probe: LayerMoments, test: LayerMoments) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for criterion, name in (("all", "rho"), ("rectified", "rectified")):
-        layers = list(pb.evaluate(network, patterns, probe, test, criterion=criterion).values())
-        found |= {f"{name}_first": float(layers[0].nanmean()), f"{name}_all": float(torch.cat(layers).nanmean())}
+def _rho(
+    network: nn.Module, patterns: Mapping[str, Patterns], probe: LayerMoments, test: LayerMoments
+) -> dict[str, dict[str, float]]:
+    """Of each estimator, over the neurons that are live under all of them."""
+    found: dict[str, dict[str, float]] = {name: {} for name in patterns}
+    for criterion, what in (("all", "rho"), ("rectified", "rectified")):
+        rho = {name: pb.evaluate(network, own, probe, test, criterion=criterion) for name, own in patterns.items()}
+        by_layer, together = over_same_neurons(rho), over_same_neurons(rho, within=())
+        for name, values in found.items():
+            values[f"{what}_first"] = float(next(iter(by_layer[name].values())).nanmean())
+            values[f"{what}_all"] = float(torch.cat(list(together[name].values())).nanmean())
     return found
 
 

@@ -33,7 +33,7 @@ from experiments.jobs import (
 )
 from experiments.pages import beside_others, markdown, write_block
 from pattern_bench.files import read_tensors
-from pattern_bench.results import write_csv
+from pattern_bench.results import of_same_neurons, write_csv
 
 HERE = Path(__file__).parent
 ESTIMATORS = ("w", "a", "a_plus_minus")
@@ -57,27 +57,32 @@ FAMILIES = {
 IMAGENET = {"SqueezeNet 1.1, ImageNet's weights": SQUEEZENET, "VGG-16's conv layers, ImageNet's weights": VGG16}
 
 
-def angles(filters: Path, patterns: Path) -> pd.DataFrame:
-    """Degrees between each neuron's filter and its pattern a₊, from the patterns of S_w and of another estimator."""
-    (own, _), (other, _) = (
-        read_tensors(folder / "patterns.safetensors", unsigned=True) for folder in (filters, patterns)
+def angles(filters: Path, patterns: Path, *others: Path) -> pd.DataFrame:
+    """Degrees between each neuron's filter and its pattern a₊, from the patterns of S_w and of another estimator; of
+    the neurons that are live under both, and under the ``others`` that they stand beside."""
+    own, other, *rest = (
+        read_tensors(folder / "patterns.safetensors", unsigned=True)[0] for folder in (filters, patterns, *others)
     )
     rows = []
     for name in (key.removesuffix("/positive") for key in own if key.endswith("/positive")):
         w, a = (tensors[f"{name}/positive"].flatten(1).double() for tensors in (own, other))
         degrees = torch.nn.functional.cosine_similarity(w, a, dim=1).clamp(-1, 1).acos().rad2deg()
-        alive = ~(own[f"{name}/dead"] | other[f"{name}/dead"])
+        alive = ~torch.stack([each[f"{name}/dead"] for each in (own, other, *rest)]).any(0)
         rows += [{"layer": name, "degrees": float(value)} for value in degrees[alive]]
     return pd.DataFrame(rows)
 
 
 def measured(root: Path) -> pd.DataFrame:
-    """By layer: mean ρ of every estimator, and the mean angle between filter and pattern; with the accuracy."""
+    """By layer: mean ρ of every estimator, and the mean angle between filter and pattern, over the neurons that are
+    live under all estimators; how many others are live under S_w; with the accuracy."""
     folders = {read_json(path)["estimator"]: path.parent for path in root.glob("*/summary.json")}
-    rho = pd.concat([pd.read_csv(folder / "rho.csv") for folder in folders.values()])
-    table = rho.pivot_table("rho", ["layer_index", "layer"], "estimator", "mean", sort=False).reset_index()
+    rho = pd.concat([pd.read_csv(folder / "rho.csv") for folder in folders.values()], ignore_index=True)
+    compared = of_same_neurons(rho)
+    table = compared.pivot_table("rho", ["layer_index", "layer"], "estimator", "mean", sort=False).reset_index()
+    filters, neurons = (each[each.estimator == "w"].groupby("layer").rho.count() for each in (rho, compared))
+    table["left_out"] = table.layer.map(filters - neurons)
     for name in ("a", "a_plus_minus"):
-        apart = angles(folders["w"], folders[name]).groupby("layer").degrees.mean()
+        apart = angles(folders["w"], folders[name], *folders.values()).groupby("layer").degrees.mean()
         table[f"degrees_{name}"] = table.layer.map(apart)
     return table.assign(accuracy=read_json(folders["w"] / "summary.json")["accuracy"])
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import pattern_bench as pb
+from experiments.neurons import over_same_neurons
 from pattern_bench.api import LayerMoments
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.streams import fast_layout
@@ -126,11 +127,13 @@ def rhos(
 
 def rho_rows(found: Any, truth: Any, **common: Any) -> list[dict[str, Any]]:
     """By estimator, criterion and layer: the median over neurons of |ρ - ρ_truth| as ``off``, the mean of ρ - ρ_truth
-    as ``shift``, and the median of ρ as ``rho``."""
+    as ``shift``, and the median of ρ as ``rho``; of the neurons that are live under all estimators, found and true."""
     rows = []
-    for (estimator, criterion), layers in truth.items():
-        for layer, true in layers.items():
-            rho = found[estimator, criterion][layer]
+    pairs = {(what, *key): layers for what, side in (("found", found), ("true", truth)) for key, layers in side.items()}
+    compared = over_same_neurons(pairs)
+    for estimator, criterion in truth:
+        for layer, true in compared["true", estimator, criterion].items():
+            rho = compared["found", estimator, criterion][layer]
             rows.append(
                 {**common, "estimator": estimator, "criterion": criterion, "layer": layer,
                  "off": float((rho - true).abs().nanmedian()), "shift": float((rho - true).nanmean()),

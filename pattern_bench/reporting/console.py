@@ -52,9 +52,9 @@ def show(rho: pd.DataFrame, areas: pd.Series, missing: Sequence[Cell], console: 
 def left_out(table: pd.DataFrame) -> Iterator[str]:
     """Say, by estimator, how many of its live neurons Fig. 3, a ``table``, leaves out."""
     for name in ordered(table.estimator):
-        own = table[table.estimator == name].dropna(subset=["left_out"])
+        own = table[table.estimator == name]
         if out := int(own.left_out.sum()):
-            yield f"{out} of {int((own.neurons - own.dead).sum())} of {plain(name)}"
+            yield f"{out} of {int(own.neurons.sum())} of {plain(name)}"
 
 
 def _show_areas(areas: pd.Series, console: Console) -> None:

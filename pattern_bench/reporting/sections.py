@@ -96,7 +96,7 @@ def same_neurons(table: pd.DataFrame) -> str:
     most: Any = cells.sort_values("left_out", kind="stable").iloc[-1]
     return (
         f"{said}. Other live ones are left out in {len(cells)} of {int((table.neurons > 0).sum())} values (at most "
-        f"{most.left_out} of {most.neurons - most.dead}, of {plain(most.estimator)} in {most.layer} of {most.model}); "
+        f"{most.left_out} of {most.neurons}, of {plain(most.estimator)} in {most.layer} of {most.model}); "
         "standard errors are of means and medians with them, since runs keep no others."
     )
 
