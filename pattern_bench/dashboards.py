@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
@@ -21,7 +22,10 @@ from wandb_workspaces.reports.v2.internal import ReportViewspec
 from wandb_workspaces.workspaces.internal import View
 
 from pattern_bench.errors import UserError
-from pattern_bench.reporting.runs import Found, read_runs
+from pattern_bench.names import plain
+from pattern_bench.reporting.gathering import CELL, latest
+from pattern_bench.reporting.runs import Found, Run, read_runs
+from pattern_bench.reporting.tables import COMPLETE, rho_table
 from pattern_bench.results import ordered
 from pattern_bench.styles import estimator_colours
 
@@ -34,9 +38,10 @@ MANY = 1000
 """Bars or runs in a panel, at most, instead of W&B's few."""
 HOW_TO_READ = """\
 ρ(S) = 1 − max corr(y, vᵀd) asks what is left of a neuron's output in what an estimator takes for the distractor. 1 is
-nothing, the best. Bars are medians over the live neurons of a layer; S_x has none, since it leaves no residual. The
-curves are of image degradation: the mean probability of the class first predicted, while the most relevant patches are
-replaced. The faster it falls, the better the explanation.""".replace("\n", " ")
+nothing, the best. Bars are medians over the live neurons of a layer, as each run logged them; S_x has none, since it
+leaves no residual. Where estimators have other live neurons, a table has them over the same ones. The curves are of
+image degradation: the mean probability of the class first predicted, while the most relevant patches are replaced.
+The faster it falls, the better the explanation.""".replace("\n", " ")
 
 
 @dataclass(frozen=True, order=True)
@@ -61,11 +66,14 @@ class Measured:
         layers: by name, their place in the network.
         estimators: names.
         curves: by method, whether it uses patterns; without the random order.
+        same_neurons: Fig. 3 over the neurons that are live under all estimators, as Markdown; empty where all have the
+            same.
     """
 
     layers: dict[str, int] = field(default_factory=dict)
     estimators: set[str] = field(default_factory=set)
     curves: dict[str, bool] = field(default_factory=dict)
+    same_neurons: str = ""
 
 
 def measured(folders: Sequence[str]) -> dict[Setting, Measured]:
@@ -81,10 +89,12 @@ def measured(folders: Sequence[str]) -> dict[Setting, Measured]:
     if not runs:
         raise UserError(f"DIR={' '.join(folders)} holds no complete run (none has a summary.json): run the job first")
     found: dict[Setting, Measured] = {}
+    runs_of: dict[Setting, list[Run]] = {}
     for run in runs:
         try:
             setting = Setting(*(str(run.summary[name]) for name in ("model", "data", "criterion", "probe")))
             here = found.setdefault(setting, Measured())
+            runs_of.setdefault(setting, []).append(run)
             here.estimators.add(str(run.summary["estimator"]))
         except KeyError as error:
             raise UserError(f"the summary.json in {run.folder} has no {error}: run it again") from error
@@ -92,7 +102,28 @@ def measured(folders: Sequence[str]) -> dict[Setting, Measured]:
         here.layers |= dict(zip(places.layer, places.layer_index, strict=True))
         curves = run.degradation.drop_duplicates("method")[["method", "estimator"]].itertuples(index=False)
         here.curves |= {method: who != "none" for method, who in curves if not method.startswith(RANDOM)}
+    for setting, here in found.items():
+        here.same_neurons = same_neurons(runs_of[setting])
     return dict(sorted(found.items()))
+
+
+def same_neurons(runs: Sequence[Run]) -> str:
+    """Fig. 3 of the ``runs`` over the neurons that are live under all their estimators: medians by layer, as Markdown.
+    Empty where nothing is left out, so that what each run logged is over the same neurons."""
+    rho, *_ = latest(runs, "rho", CELL)
+    if "sgd" in set(rho.probe) and "closed_form" in set(rho.probe):  # of both, runs log the latter
+        rho = rho[rho.probe == "closed_form"]
+    table = rho_table(rho, pd.DataFrame())
+    if not (table.left_out > 0).any():
+        return ""
+    cells = table.assign(
+        text=[f"{m:.3f} ({out} left out)" for m, out in zip(table["median"], table.left_out, strict=True)]
+    )
+    wide = cells[cells.status == COMPLETE].pivot(index="layer", columns="estimator", values="text")
+    wide = wide.reindex(index=list(dict.fromkeys(table.layer)), columns=ordered(wide.columns)).fillna("–")
+    wide.columns = [plain(name) for name in wide.columns]
+    said = "Median ρ over the neurons of a layer that are live under all estimators, and how many others are left out:"
+    return f"{said}\n\n{wide.to_markdown(disable_numparse=True)}"
 
 
 # --- panels ---
@@ -100,7 +131,13 @@ def measured(folders: Sequence[str]) -> dict[Setting, Measured]:
 
 def fig3(here: Measured) -> list[Any]:
     layers = sorted(here.layers, key=lambda layer: here.layers[layer])
-    return [_bars("Fig. 3: median ρ by layer", [f"rho/{layer}/median" for layer in layers], width=24)]
+    return [
+        _bars(
+            "Fig. 3: median ρ by layer, each over its own live neurons",
+            [f"rho/{layer}/median" for layer in layers],
+            width=24,
+        )
+    ]
 
 
 def fig4a(here: Measured) -> list[Any]:
@@ -155,12 +192,14 @@ class Part:
         names: what the configuration of its runs says under ``names``.
         groups: what its runs are grouped by, too keys of ``names``.
         sections: panels by title.
+        text: said above them in the report, as Markdown.
     """
 
     title: str
     names: dict[str, str]
     groups: tuple[str, ...]
     sections: dict[str, list[Any]]
+    text: str = ""
 
     @property
     def filters(self) -> Any:
@@ -182,7 +221,7 @@ def parts(found: Mapping[Setting, Measured]) -> list[Part]:
         title, names = f"{model} on {data}", {"model": model, "data": data}
         for setting, here in settings.items():
             sections = {"Fig. 3": fig3(here), "Fig. 4a": fig4a(here)}
-            made.append(Part(setting.title, vars(setting), ("estimator",), sections))
+            made.append(Part(setting.title, vars(setting), ("estimator",), sections, here.same_neurons))
         if len(settings) > 1:
             # Without a group of its own, a panel takes that of the runs.
             bars = wr.BarPlot(
@@ -228,7 +267,8 @@ def report(entity: str, project: str, made: Iterable[Part]) -> wr.Report:
         # A run set without a project is of the report's own; with one, the library would ask the server for it.
         runs = wr.Runset(name=part.title, filters=part.filters, groupby=[f"config.names.{g}" for g in part.groups])
         panels = [panel for panels in part.sections.values() for panel in panels]
-        blocks += [wr.H1(part.title), wr.PanelGrid(runsets=[runs], panels=panels)]
+        said = [wr.MarkdownBlock(part.text)] if part.text else []
+        blocks += [wr.H1(part.title), *said, wr.PanelGrid(runsets=[runs], panels=panels)]
     return wr.Report(
         project=project, entity=entity, title="Which explanation to believe", description="ρ and image degradation",
         blocks=blocks, width="fluid",

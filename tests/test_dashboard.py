@@ -3,7 +3,9 @@
 import json
 from collections import Counter
 
+import pandas as pd
 import pytest
+from made_runs import make_run
 from wandb_server import KEY, python, recorded, serving
 
 from pattern_bench.dashboard import main
@@ -13,6 +15,8 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from wandb_workspaces.reports.v2.internal import ReportViewspec
 from wandb_workspaces.workspaces.internal import View
+
+from pattern_bench import dashboards
 
 FEW = ["data.limit=300", "model.training.epochs=4", "degradation.images=4", "degradation.steps=4"]
 FEW += ["explanation.images=2"]
@@ -96,6 +100,25 @@ def test_the_figures_name_what_the_runs_measured(written):
     assert sorted(metric.name for metric in methods.y) == sorted(f"degradation/{name}" for name in curves)
     assert sorted(metric.name for metric in areas.metrics) == sorted(f"area_over_curve/{name}" for name in curves)
     assert fig3.groupby.name == estimators.groupby.name == "names.estimator"
+
+
+def test_the_report_has_medians_over_the_same_neurons_where_live_ones_differ(tmp_path):
+    """The bars are what each run logged, of its own."""
+    for estimator, dead in (("w", []), ("a_plus_minus", [1, 4]), ("x", [])):
+        make_run(tmp_path / "differ" / estimator, estimator=estimator, dead=dead)
+        make_run(tmp_path / "same" / estimator, estimator=estimator, criterion="rectified")
+    _, page = dashboards.build("lab", "patterns", [str(tmp_path)])
+    (said,) = [block.text for block in page.blocks if isinstance(block, wr.MarkdownBlock)]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+    assert rows[0] == ["layer", "S_w", "S_a+-"]
+    rho = pd.concat([pd.read_csv(tmp_path / "differ" / name / "rho.csv") for name in ("w", "a_plus_minus")])
+    medians = rho[~rho.neuron.isin([1, 4])].groupby(["layer", "estimator"]).rho.median()
+    assert rows[2:] == [
+        [layer, f"{medians[layer, 'w']:.3f} (2 left out)", f"{medians[layer, 'a_plus_minus']:.3f} (0 left out)"]
+        for layer in ("features.0", "features.2", "classifier")
+    ]
+    place = next(i for i, block in enumerate(page.blocks) if isinstance(block, wr.MarkdownBlock))
+    assert page.blocks[place - 1].text == "net on digits, criterion all, probe closed_form"
 
 
 def test_runs_are_filtered_and_grouped_by_keys_that_the_server_knows(written):
