@@ -107,7 +107,7 @@ def collect_moments(
 
 
 class Patterns(Mapping[str, Pattern]):
-    """Patterns by layer name; each has ``positive`` and ``negative`` in the weight's shape, and ``dead`` (N,)."""
+    """Patterns by layer name; each has ``positive`` and ``negative`` in the weight's shape and float64, and ``dead`` (N,)."""
 
     def __init__(self, patterns: Mapping[str, Pattern], estimator: str, weights: Mapping[str, str]) -> None:
         self._patterns, self.estimator, self._weights = dict(patterns), estimator, dict(weights)
@@ -157,7 +157,8 @@ def fit_patterns(
         weight: Any = network.get_submodule(name).weight
         flat = weight.detach().flatten(1).double()
         pattern = estimator.fit(flat, sums, torch.Generator().manual_seed(seed + place))
-        found[name] = pattern.shaped_like(weight)
+        # In float64: what is left of x - a u, where u is large, is as small as a is exact.
+        found[name] = Pattern(pattern.positive.view_as(weight), pattern.negative.view_as(weight), pattern.dead)
         marks[name] = _mark(model.get_submodule(name))
     return Patterns(found, estimator.name, marks)
 

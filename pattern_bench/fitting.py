@@ -24,7 +24,7 @@ from pattern_bench.preparation import Setup
 from pattern_bench.progress import Bar
 from pattern_bench.streams import FiringStream, MomentStream, WatchingStream
 
-MOMENTS_VERSION = 2
+MOMENTS_VERSION = 3
 
 
 M = TypeVar("M", Moments, FiringMoments)

@@ -1,10 +1,12 @@
 """Streams a layer's inputs and outputs into its moments, at the price of a few forward passes.
 
-Per batch, three convolution weight gradients give all cross-moments (of x with the gate, with the positive part of y
-and with y; the last is not needed where the Gram matrix is, since Σ x u = (Σ x xᵀ) w), and the
-autocorrelation of the input gives the Gram matrix. Where output positions are sampled, their patches are unfolded
-and everything is a matrix product. The rest follows from identities, because u = wᵀx:
-Σ u g = wᵀ Σ x g and Σ u² g = wᵀ Σ x u g.
+Per batch, convolution weight gradients give the cross-moments (of x with the gate, and with the positive and the
+negative part of y), and the autocorrelation of the input gives the Gram matrix; with it, Σ x u = (Σ x xᵀ) w is known, and
+the negative part is left out but for neurons that nearly always fire. Small patches and sampled positions are
+unfolded, and everything is a matrix product. The rest follows from identities, because u = wᵀx: Σ u g = wᵀ Σ x g and
+Σ u² g = wᵀ Σ x u g.
+
+A sum over few samples is never left to be the difference of two sums over many: rounding would be all that remains of it.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pattern_bench.core.gram import Autocorrelation, applies
+from pattern_bench.core.cancellation import cancels
+from pattern_bench.core.gram import Autocorrelation, applies, is_small
 from pattern_bench.core.layers import (
     Layer,
     Scratch,
+    convolved,
     cross_sum,
     draw_positions,
     geometry_of,
@@ -34,8 +38,10 @@ from pattern_bench.core.layers import (
 from pattern_bench.core.memory import fits
 from pattern_bench.core.moments import MEMORY, Moments
 
-LARGE_MEAN = 10.0
-"""A layer whose input has a channel with a mean above so many deviations is summed about that mean."""
+OFTEN = 0.9
+"""A neuron that fires for a larger share of the samples has its sums over the few others taken by themselves."""
+ROUNDING = 1e-12
+"""Below this share of what was subtracted, a difference of float64 sums is zero."""
 LEAST_POSITIONS = 256
 """Sampling leaves at least so many output positions of an image."""
 
@@ -48,25 +54,26 @@ def sampled_positions(share: float, there: int) -> int:
 
 @dataclass
 class _Work:
-    """Images on their way into the sums: a layer's input and output, the positions drawn from each image (0: all), and
-    how many of the sums have them already."""
+    """Images on their way into the sums: a layer's input and output, the positions drawn from each image (0: all),
+    whether products are taken in float64, and how many of the sums have them already."""
 
     x: Tensor
     y: Tensor
     drawn: Tensor | int
+    exact: bool
     done: int = 0
 
     def images(self, part: slice) -> _Work:
         drawn = self.drawn if isinstance(self.drawn, int) else self.drawn[part]
-        return _Work(self.x[part], self.y[part], drawn, self.done)
+        return _Work(self.x[part], self.y[part], drawn, self.exact, self.done)
 
 
 class Collector:
     """Sums of one layer over a stream of batches.
 
-    Products are taken in the precision of the activations, sums over batches in float64. Where the mean of the first
-    batch is large against its deviation, everything is summed about these means and shifted back in float64 at the
-    end, so that no digit is lost to cancellation.
+    Products are taken in the precision of the activations, sums over batches in float64. Of small patches, and of a
+    batch whose mean is large against its deviation, products and u = wᵀx are in float64 too, so that no digit is lost to
+    cancellation; the gate is the network's own.
 
     Args:
         layer: Conv1d, Conv2d, Conv3d or Linear.
@@ -90,20 +97,22 @@ class Collector:
         self.scratch = Scratch() if scratch is None else scratch
         self.layer, self.memory, self.positions = layer, memory, positions
         self.generator = torch.Generator().manual_seed(seed)
-        self.geometry = geometry_of(layer)
+        geometry = geometry_of(layer)
+        self.geometry = geometry if geometry.padding_mode == "zeros" else geometry.unpadded()
         self.groups = self.geometry.groups
         n, d = neurons(layer), patch_size(layer)
         like = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
+        self.small = is_small(d)
         self.n = 0.0
         self.x = like.new_zeros(self.groups, d)
         self.g = like.new_zeros(n)
         self.xg, self.x_fired = like.new_zeros(n, d), like.new_zeros(n, d)
-        self.x_all = None if gram else like.new_zeros(n, d)
         self.wants_gram = gram
+        # The neurons whose sums of x times the negative part of y are taken, None until the first batch tells; and those.
+        self.direct = None if gram and not self.small else torch.arange(n, device=like.device)
+        self.x_rested = None if self.direct is None else like.new_zeros(n, d)
         self.gram: Tensor | None = None  # of patches that were unfolded; the others are in lags
         self.lags: Autocorrelation | None = None
-        self.shift: tuple[Tensor, Tensor] | None = None
-        self.seen = False
         self.unfinished: list[_Work] = []
         self.finite = torch.ones((), dtype=torch.bool, device=like.device)
         """Whether every input and output was, so far."""
@@ -118,19 +127,15 @@ class Collector:
         """
         if not self.geometry.kernel:
             x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        if not self.seen:
-            self.seen, self.shift = True, _shift(x, y)
-            if self.shift is not None or self.geometry.padding_mode != "zeros":
-                self.geometry = self.geometry.unpadded()
-        values = 3 * y[0].numel() + 2 * x[0].numel()
+        exact = self.small or cancels(x)
         drawn = sampled_positions(self.positions, y[0, 0].numel())
-        if drawn or (self.wants_gram and not applies(self.geometry, x.shape[1], tuple(x.shape[2:]))):
+        values = 3 * y[0].numel() + 2 * x[0].numel()
+        if exact or drawn or (self.wants_gram and not applies(self.geometry, x.shape[1], tuple(x.shape[2:]))):
             values += (drawn or y[0, 0].numel()) * self.x.numel()
-        # About a shift, temporaries are float64.
-        images = max(1, self.memory // (values * (x.element_size() if self.shift is None else 8)))
+        images = max(1, self.memory // (values * (8 if exact else x.element_size())))
         for part, output in zip(x.split(images), y.split(images), strict=True):
             where = drawn and draw_positions(len(part), y[0, 0].numel(), drawn, self.generator)
-            self.unfinished.append(_Work(part, output, where))
+            self.unfinished.append(_Work(part, output, where, exact))
         self.finish()
 
     @torch.no_grad()
@@ -157,39 +162,59 @@ class Collector:
         return there
 
     def _add(self, work: _Work) -> None:
-        for part in itertools.islice(self._sums(work.x, work.y, work.drawn), work.done, None):
+        for part in itertools.islice(self._sums(work), work.done, None):
             part()
             work.done += 1
 
-    def _sums(self, x: Tensor, y: Tensor, drawn: Tensor | int) -> Iterator[Callable[[], None]]:
+    def _sums(self, work: _Work) -> Iterator[Callable[[], None]]:
         """What a batch adds to each sum, one after the other; each adds all of it, or runs out of memory before."""
+        x, y = work.x, work.y
         if not self.geometry.pads:
             x = pad(x, geometry_of(self.layer))
         gate = torch.gt(y, 0, out=self.scratch.like("gate", y))
         # -Inf has no trace in the sums: its gate is closed.
         self.finite &= torch.isfinite(y.sum())
-        if self.shift is not None:
-            # In float64: padding lies as far from the mean as the mean is large, and its products have to cancel.
-            x, y = (t.double() - _along(c, t) for t, c in zip((x, y), self.shift, strict=True))
-            gate = gate.double()
-        if isinstance(drawn, int):
+        if work.exact:
+            x, gate = x.double(), gate.double()
+        if not self.small and isinstance(work.drawn, int):
+            if work.exact:
+                y = convolved(x, *self._parameters(), self.geometry)
             yield from self._map_sums(
-                y, gate, lambda: patch_sum(x, self.geometry), lambda maps: cross_sum(x, maps, self.geometry)
+                y, gate, work.exact, lambda: patch_sum(x, self.geometry), lambda maps: cross_sum(x, maps, self.geometry)
             )
             if self.wants_gram:
                 yield from self._gram_sums(x)
             return
-        there, positions = y[0, 0].numel(), drawn.to(x.device)
-        scale = there / positions.shape[1]
-        p = patches_at(x, self.geometry, positions)
+        yield from self._unfolded_sums(x, y, gate, work.drawn, work.exact)
+
+    def _parameters(self) -> tuple[Tensor, Tensor | None]:
+        """The layer's weight and bias in float64."""
+        weight, bias = self.layer.weight.detach(), self.layer.bias
+        return weight.double(), None if bias is None else bias.detach().double()
+
+    def _unfolded_sums(
+        self, x: Tensor, y: Tensor, gate: Tensor, drawn: Tensor | int, exact: bool
+    ) -> Iterator[Callable[[], None]]:
+        """The same from unfolded patches, all of them or those at the positions that were drawn."""
+        y, gate = (t.flatten(2) if t.ndim > 2 else t[:, :, None] for t in (y, gate))
+        scale = 1.0
+        if isinstance(drawn, int):
+            p = patches(x, self.geometry)
+        else:
+            scale, drawn = y[0, 0].numel() / drawn.shape[1], drawn.to(x.device)
+            p = patches_at(x, self.geometry, drawn)
+            y, gate = (t.gather(2, drawn[:, None].expand(-1, t.shape[1], -1)) for t in (y, gate))
         # One image of B·M positions, (1, N, B·M).
-        index = positions[:, None].expand(-1, y.shape[1], -1)
-        y, gate = (t.flatten(2).gather(2, index).transpose(0, 1).reshape(1, y.shape[1], -1) for t in (y, gate))
+        y, gate = (t.transpose(0, 1).reshape(1, t.shape[1], -1) for t in (y, gate))
+        if exact:
+            weight, bias = self._parameters()
+            y = (weight.view(self.groups, -1, p.shape[2]) @ p.mT).view_as(gate)
+            y = y if bias is None else y.add_(bias[:, None])
 
         def product(maps: Tensor) -> Tensor:
             return scale * (maps.view(self.groups, -1, maps.shape[2]) @ p).flatten(0, 1)
 
-        yield from self._map_sums(y, gate, lambda: scale * p.sum(1, dtype=torch.float64), product, scale)
+        yield from self._map_sums(y, gate, exact, lambda: scale * p.sum(1, dtype=torch.float64), product, scale)
         if self.wants_gram:
             yield from self._product_sums(p, scale)
 
@@ -197,34 +222,56 @@ class Collector:
         self,
         y: Tensor,
         gate: Tensor,
+        exact: bool,
         patch: Callable[[], Tensor],
         cross: Callable[[Tensor], Tensor],
         scale: float = 1.0,
     ) -> Iterator[Callable[[], None]]:
         """The sums of patches, ``patch`` (G, D), and of their products with the maps of the gate, through ``cross``."""
+        count = scale * (y.numel() // y.shape[1])
 
         def plain() -> None:
             x = patch()
             self.finite &= torch.isfinite(x).all()
             fired = gate.flatten(2).sum(2).sum(0, dtype=torch.float64) if y.ndim > 2 else gate.sum(0)
             fired = scale * fired
-            self.n += scale * (y.numel() // y.shape[1])
+            often = (fired > OFTEN * count).nonzero().squeeze(1)
+            gate[:, often] = 1 - gate[:, often]
+            sums = self._wide(cross(gate), self.xg)
+            gate[:, often] = 1 - gate[:, often]
+            sums[often] = x[often // (len(fired) // self.groups)] - sums[often]
+            if self.direct is None:
+                self.direct = often if self.groups == 1 or not len(often) else torch.arange(len(fired)).to(often)
+                self.x_rested = self.xg.new_zeros(len(self.direct), self.xg.shape[1])
+            self.n += count
             self.x += x
             self.g += fired
+            self.xg += sums
 
         yield plain
-        yield lambda: self._accumulate(self.xg, cross(gate))
 
         def active() -> None:
-            # y times its gate; about zero, this is its positive part.
+            # y times its gate, which is its positive part but where the gate is of other digits than y.
             fired = self.scratch.like("fired", y)
-            fired = torch.clamp_min(y, 0, out=fired) if self.shift is None else torch.mul(y, gate, out=fired)
-            self._accumulate(self.x_fired, cross(fired))
+            fired = torch.mul(y, gate, out=fired) if exact else torch.clamp_min(y, 0, out=fired)
+            self.x_fired += self._wide(cross(fired), self.x_fired)
 
         yield active
-        if self.x_all is not None:
-            every = self.x_all
-            yield lambda: self._accumulate(every, cross(y))
+
+        def resting() -> None:
+            assert self.direct is not None and self.x_rested is not None  # by the first of these sums
+            if not len(self.direct):
+                return
+            every = len(self.direct) == y.shape[1]
+            rested = self.scratch.like("fired", y) if every else y[:, self.direct]
+            if exact:
+                shut = 1 - (gate if every else gate[:, self.direct])
+                rested = torch.mul(y if every else rested, shut, out=rested)
+            else:
+                rested = torch.clamp_max(y if every else rested, 0, out=rested)
+            self.x_rested += self._wide(cross(rested), self.x_rested)
+
+        yield resting
 
     def _gram_sums(self, x: Tensor) -> Iterator[Callable[[], None]]:
         if applies(self.geometry, x.shape[1], tuple(x.shape[2:])):
@@ -234,8 +281,9 @@ class Collector:
         else:
             yield from self._product_sums(patches(x, self.geometry))
 
-    def _accumulate(self, total: Tensor, part: Tensor) -> None:
-        total.add_(self.scratch.like("wide", total).view(part.shape).copy_(part).view_as(total))
+    def _wide(self, part: Tensor, like: Tensor) -> Tensor:
+        """``part`` in float64, in ``like``'s shape; the caller's until the next call."""
+        return self.scratch.like("wide", like).view(part.shape).copy_(part).view_as(like)
 
     def _product_sums(self, p: Tensor, scale: float = 1.0) -> Iterator[Callable[[], None]]:
         """Σ x xᵀ over patches (G, samples, D), some of its rows at a time: for D = 25,088 it has 5 GB."""
@@ -262,88 +310,59 @@ class Collector:
         """The sums as they are, for :meth:`restore`: going on from them gives the same to the bit."""
         state = {"n": self.x.new_tensor(self.n), "x": self.x, "g": self.g, "xg": self.xg, "x_fired": self.x_fired}
         state["generator"] = self.generator.get_state()
-        if self.x_all is not None:
-            state["x_all"] = self.x_all
         if self.gram is not None:
             state["gram"] = self.gram
-        if self.shift is not None:
-            state["shift_x"], state["shift_y"] = self.shift
+        if self.direct is not None and self.x_rested is not None:
+            state["direct"], state["x_rested"] = self.direct, self.x_rested
         if self.lags is not None:
             state |= {f"lags/{name}": tensor for name, tensor in self.lags.sums().items()}
-        return state if self.seen else {}
+        return state if self.n else {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from the ``state`` of a collector of the same layer and settings."""
         if not state:
             return
         here = {name: tensor.to(self.x.device, copy=True) for name, tensor in state.items() if name != "generator"}
-        self.seen, self.n = True, float(state["n"])
+        self.n = float(state["n"])
         self.generator.set_state(state["generator"])
         self.x, self.g, self.xg, self.x_fired = here["x"], here["g"], here["xg"], here["x_fired"]
-        self.x_all, self.gram = here.get("x_all"), here.get("gram")
-        if "shift_x" in here:
-            self.shift = here["shift_x"], here["shift_y"]
-        if self.shift is not None or self.geometry.padding_mode != "zeros":
-            self.geometry = self.geometry.unpadded()
+        self.direct, self.x_rested, self.gram = here["direct"], here["x_rested"], here.get("gram")
         lags = {name.removeprefix("lags/"): tensor for name, tensor in here.items() if name.startswith("lags/")}
         if lags:
             self.lags = Autocorrelation(self.geometry, lags["full"].shape[0], self.x, self.scratch)
             self.lags.restore(lags)
 
     def moments(self) -> Moments:
-        """The sums so far, about zero whatever they were taken about."""
-        layer, n = self.layer, self.x.new_tensor(self.n)
-        weight = layer.weight.detach().flatten(1).double()
-        per_neuron = len(weight) // self.groups
-        # What was summed is x - c and y - m, with y = wᵀx + bias; so u = (y - m) + back.
-        c = torch.zeros_like(self.x) if self.shift is None else _patch_of(self.shift[0], layer)
-        back = torch.zeros_like(self.g) if self.shift is None else self.shift[1].double()
-        back = back if layer.bias is None else back - layer.bias.detach().double()
-        about = c.repeat_interleave(per_neuron, 0)
-        x = self.x.repeat_interleave(per_neuron, 0)
-        offset = (weight * about).sum(1)
-        xug = self.x_fired + back[:, None] * self.xg
+        """The sums so far."""
+        weight = self.layer.weight.detach().flatten(1).double()
+        x = self.x.repeat_interleave(len(weight) // self.groups, 0)
+        rests = x - self.xg
+        rests = rests.where(rests.abs() > ROUNDING * x.abs(), 0.0)
+        xg = x - rests
+        # What was summed is y = wᵀx + bias.
+        bias = torch.zeros_like(self.g) if self.layer.bias is None else self.layer.bias.detach().double()
+        xug = self.x_fired - bias[:, None] * xg
         gram = self._whole_gram()
-        if gram is not None:
-            xu = (weight.view(self.groups, -1, weight.shape[1]) @ gram).view_as(weight) + offset[:, None] * x
+        if self.direct is not None and self.x_rested is not None and len(self.direct) == len(weight):
+            xun = self.x_rested - bias[:, None] * rests
+        else:
+            xun = torch.zeros_like(xug)
+        if gram is not None and not self.small:
+            xu = (weight.view(self.groups, -1, weight.shape[1]) @ gram).view_as(weight)
             xun = xu - xug
-        if self.x_all is not None:
-            xun = self.x_all - self.x_fired + back[:, None] * (x - self.xg)
-        ug = (weight * self.xg).sum(1) + offset * self.g
-        un = (weight * x).sum(1) + offset * n - ug
-        xug, xun = xug + about * ug[:, None], xun + about * un[:, None]
-        if gram is not None and self.shift is not None:
-            for one, other in ((c, self.x), (self.x, c), (n * c, c)):
-                gram.baddbmm_(one[:, :, None], other[:, None, :])
+            if self.direct is not None and self.x_rested is not None:
+                few = self.x_rested - bias[self.direct, None] * rests[self.direct]
+                xun[self.direct], xug[self.direct] = few, xu[self.direct] - few
         return Moments(
-            n=n,
-            x=self.x + n * c,
+            n=self.x.new_tensor(self.n),
+            x=self.x.clone(),
             g=self.g.clone(),
-            ug=ug,
-            un=un,
+            ug=(weight * xg).sum(1),
+            un=(weight * rests).sum(1),
             uug=(weight * xug).sum(1),
             uun=(weight * xun).sum(1),
-            xg=self.xg + about * self.g[:, None],
+            xg=xg,
             xug=xug,
             xun=xun,
             gram=gram,
         )
-
-
-def _shift(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Means per channel of input and output, where an input's is so large that float32 products would cancel."""
-    axes = [i for i in range(x.ndim) if i != 1]
-    variance, mean = torch.var_mean(x, axes, correction=0)
-    if not (mean.abs() > LARGE_MEAN * variance.sqrt()).logical_and(mean != 0).any():
-        return None
-    return mean.to(x.dtype), y.mean([i for i in range(y.ndim) if i != 1])
-
-
-def _along(channel: Tensor, like: Tensor) -> Tensor:
-    return channel.view(-1, *[1] * (like.ndim - 2))
-
-
-def _patch_of(channel: Tensor, layer: Layer) -> Tensor:
-    """The patch (G, D) of an input that is constant in each channel."""
-    taps = layer.weight[0, 0].numel()
-    return channel.double().repeat_interleave(taps).view(geometry_of(layer).groups, -1)

@@ -1,7 +1,7 @@
 """Signal estimators: from the moments of a layer to a pattern for each of its neurons.
 
 Every estimator is a class with a ``name`` and ``fit``. With ``u = wᵀx`` and the gate ``g``, the signal that it
-finds in a patch is ``S(x) = (a₊ g + a₋ (1-g)) u`` (Kindermans et al. 2018, Eq. 3, 5 and 7).
+finds in a patch is ``S(x) = (a₊ g + a₋ (1-g)) u`` (Kindermans et al. 2018, Eq. 3 and 4).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Identity(Estimator):
 
 
 class Filter(Estimator):
-    """S_w: a = w / wᵀw (Eq. 3). In a whole network: the w²-rule."""
+    """S_w: a = w / wᵀw. In a whole network: the w²-rule."""
 
     name = "w"
 
@@ -85,7 +85,7 @@ class Filter(Estimator):
 
 
 class Linear(Estimator):
-    """S_a: a = cov[x, u] / var[u] (Eq. 5)."""
+    """S_a: a = cov[x, u] / var[u] (Eq. 3)."""
 
     name = "a"
 
@@ -94,7 +94,7 @@ class Linear(Estimator):
 
 
 class TwoRegimes(Estimator):
-    """S_a+-: a₊ = (E₊[x u] - E₊[x] E[u]) / (wᵀ of the numerator), a₋ likewise (Eq. 7). The bias cancels."""
+    """S_a+- (Eq. 4): a₊ = (E₊[x u] - E₊[x] E[u]) / (wᵀ of the numerator), a₋ likewise (Eq. 7). The bias cancels."""
 
     name = "a_plus_minus"
 
@@ -103,7 +103,7 @@ class TwoRegimes(Estimator):
         mean_u = m.mean_u[:, None]
         fires, rests = m.g, m.n - m.g
         x_positive = m.xg
-        x_negative = m.mean_x_per_neuron * m.n - m.xg
+        x_negative = m.x.repeat_interleave(len(m.g) // len(m.x), 0) - m.xg
 
         def regime(xu: Tensor, x: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
             numerator = (xu - x * mean_u) / count.clamp(min=1)[:, None]

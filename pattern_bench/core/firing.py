@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pattern_bench.core.cancellation import cancels
 from pattern_bench.core.collector import sampled_positions
 from pattern_bench.core.estimators import Pattern
+from pattern_bench.core.gram import is_small
 from pattern_bench.core.layers import Layer, draw_positions, geometry_of, patch_size, patches, patches_at
 from pattern_bench.core.memory import is_out_of_memory
 from pattern_bench.core.moments import MEMORY, Moments
@@ -82,7 +84,8 @@ class FiringMoments:
 class FiringCollector:
     """Sums of one layer where some of its neurons fire, over a stream of batches.
 
-    Products are taken in the precision of the activations, about the means of the first batch, and sums in float64.
+    Products are taken in the precision of the activations, or in float64 where ``core.collector`` does, and sums in
+    float64.
 
     Args:
         layer: Conv1d, Conv2d, Conv3d or Linear.
@@ -101,7 +104,7 @@ class FiringCollector:
         self.groups = [neuron // (len(layer.weight) // self.geometry.groups) for neuron in self.neurons]
         like = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
         self.sums = like.new_zeros(len(neurons), size + 1, size + 1)
-        self.shift: Tensor | None = None  # (G, D)
+        self.small = is_small(size)
         self.finite = torch.ones((), dtype=torch.bool, device=like.device)
         """Whether every input and output was, so far."""
 
@@ -118,10 +121,11 @@ class FiringCollector:
         there = y[0, 0].numel()
         drawn = sampled_positions(self.positions, there)
         values = (drawn or there) * self.geometry.groups * self.sums.shape[1]
-        images = max(1, self.memory // (values * x.element_size()))
+        exact = self.small or cancels(x)
+        images = max(1, self.memory // (values * (8 if exact else x.element_size())))
         try:
             for part, output in zip(x.split(images), y.split(images), strict=True):
-                self._add(part, output, drawn)
+                self._add(part.double() if exact else part, output, drawn)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -136,9 +140,6 @@ class FiringCollector:
             p, gate = patches_at(x, self.geometry, where), gate.gather(2, where[:, None].expand(-1, gate.shape[1], -1))
         else:
             p = patches(x, self.geometry)
-        if self.shift is None:
-            self.shift = p.mean(1)
-        p = p - self.shift[:, None]
         gate = gate.transpose(0, 1).reshape(len(self.neurons), -1)
         for place, group in enumerate(self.groups):
             fired = p[group][gate[place]]
@@ -150,27 +151,17 @@ class FiringCollector:
 
     def state(self) -> dict[str, Tensor]:
         """The sums as they are, for :meth:`restore`: going on from them gives the same to the bit."""
-        if self.shift is None:
-            return {}
-        return {"sums": self.sums, "shift": self.shift, "generator": self.generator.get_state()}
+        return {"sums": self.sums, "generator": self.generator.get_state()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from the ``state`` of a collector of the same layer, neurons and settings."""
         if state:
-            self.sums, self.shift = (state[name].to(self.sums.device, copy=True) for name in ("sums", "shift"))
+            self.sums = state["sums"].to(self.sums.device, copy=True)
             self.generator.set_state(state["generator"])
 
     def moments(self) -> FiringMoments:
-        """The sums so far, about zero."""
-        sums = self.sums.clone()
-        if self.shift is not None:
-            for one, group in zip(sums, self.groups, strict=True):
-                # What was summed is (x - c, 1).
-                c, total, count = self.shift[group].double(), one[-1, :-1].clone(), one[-1, -1]
-                one[:-1, :-1] += c[:, None] * total + total[:, None] * c + count * c[:, None] * c
-                one[-1, :-1] += count * c
-                one[:-1, -1] += count * c
-        return FiringMoments(sums)
+        """The sums so far."""
+        return FiringMoments(self.sums.clone())
 
 
 def firing_rho(

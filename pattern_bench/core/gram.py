@@ -17,14 +17,20 @@ from torch import Tensor
 from pattern_bench.core.layers import Geometry, Scratch, cross_sum
 
 SMALL_PATCH = 64
-"""Patches of at most so many values are unfolded: the product is then cheaper than its bookkeeping."""
+"""Patches of at most so many values are unfolded, and their products taken in float64: that is cheaper than the bookkeeping
+of anything else, and the filters of a depthwise layer take differences that float32 leaves few digits of."""
+
+
+def is_small(size: int) -> bool:
+    """Whether patches of ``size`` values are."""
+    return size <= SMALL_PATCH
 
 
 def applies(geometry: Geometry, channels: int, size: tuple[int, ...]) -> bool:
     """Whether :class:`Autocorrelation` can serve inputs of this spatial ``size``, and is worth it."""
     if len(geometry.kernel) != 2 or set(geometry.stride + geometry.dilation) != {1} or geometry.kernel == (1, 1):
         return False
-    if channels // geometry.groups * geometry.kernel[0] * geometry.kernel[1] <= SMALL_PATCH:
+    if is_small(channels // geometry.groups * geometry.kernel[0] * geometry.kernel[1]):
         return False
     # Lines counted from either border must not meet.
     return all(n >= 2 * k for n, k in zip(size, geometry.kernel, strict=True))

@@ -1,7 +1,7 @@
 """Sufficient statistics of a layer: everything that the estimators and rho(S) need of a data split.
 
-All are plain sums in float64, so they add up over batches, processes and interruptions (DESIGN: Eq. 6 and 7
-of Kindermans et al. 2018 need the means of x, u x and their restrictions to the gate g = 1[y > 0]).
+All are plain sums in float64, so they add up over batches, processes and interruptions (Eq. 5 to 7
+of Kindermans et al. 2018 need the means of x, u, x u and their restrictions to the gate g = 1[y > 0]).
 """
 
 from __future__ import annotations
