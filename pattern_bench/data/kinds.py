@@ -23,8 +23,9 @@ _SYSTEM = frozenset(
 )  # fmt: skip
 OTHER_IMAGES = frozenset(
     (
-        ".heic", ".heif", ".jxl", ".jxr", ".svg", ".svgz", ".exr", ".hdr", ".psb", ".eps", ".ps", ".wmf", ".emf", ".dng",
-        ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".raw", ".xcf", ".avif", ".webp", ".jp2", ".dcm", ".nii",
+        ".heic", ".heif", ".jxl", ".jxr", ".svg", ".svgz", ".exr", ".hdr", ".psb", ".eps", ".ps", ".wmf", ".emf",
+        ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".raw", ".xcf", ".avif", ".webp", ".jp2",
+        ".dcm", ".nii",
     )
 )  # fmt: skip
 """Suffixes of images that not every Pillow reads: their files are meant, and missed."""

@@ -102,7 +102,7 @@ class Listing:
 
 
 def list_images(root: Path, cache: Cache | None, follow_links: bool = False) -> Listing:
-    """Lists the images below ``root`` that Pillow reads, but for hidden ones, or takes the listing that the cache keeps.
+    """Lists the images below ``root`` that Pillow reads, but for hidden ones; or takes the listing of the cache.
 
     A kept listing is used as long as no folder below ``root`` has changed, nor any of the files that are compared
     (:data:`COMPARED`). Processes that ask at the same time list once.
