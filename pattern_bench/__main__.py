@@ -18,6 +18,7 @@ from pattern_bench.config import check_complete
 from pattern_bench.errors import UserError
 from pattern_bench.launch import Job, cannot_use, launch, number_from_outside
 from pattern_bench.launchers import message_for, one_job
+from pattern_bench.resuming import folder_of, quoted, resumed_overrides
 
 HERE = Path(__file__).parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
@@ -42,19 +43,20 @@ def start(job: Job, cfg: DictConfig) -> None:
         print(f"results: {folder}")
 
 
-def arguments(given: list[str]) -> list[str]:
+def arguments(given: list[str], module: str = "pattern_bench") -> list[str]:
     """The command line as Hydra is to see it.
 
     ``resume=DIR`` becomes the overrides of the run in ``DIR``, before those given, and its folder. A process that
     torchrun or srun started beside the first leaves nothing of its own.
 
     Raises:
-        UserError: where ``DIR`` is no run's folder, or a sweep is started in several processes.
+        UserError: where ``DIR`` is no run's folder, or says what no folder may, or a sweep is started in several
+            processes.
     """
     kept = [argument for argument in given if not argument.startswith("resume=")]
-    folders = [argument.removeprefix("resume=").strip("'\"") for argument in given if argument.startswith("resume=")]
+    folders = [folder_of(argument) for argument in given if argument.startswith("resume=")]
     if folders and folders[-1] not in ("", "null"):
-        kept = [*_overrides_of(folders[-1], kept), *kept, f"hydra.run.dir='{folders[-1]}'"]
+        kept = [*resumed_overrides(folders[-1], kept, module), *kept, f"hydra.run.dir={quoted(folders[-1])}"]
     outside = number_from_outside()
     if outside is None:
         return kept
@@ -86,22 +88,6 @@ def check_sweep(given: list[str], module: str) -> None:
             raise UserError(f"+sweep={name} is a sweep of jobs: start it with python -m {right} -m +sweep={name}")
 
 
-def _overrides_of(folder: str, given: list[str]) -> list[str]:
-    """The overrides of an earlier run, but for those that are given anew."""
-    file = Path(folder) / ".hydra" / "overrides.yaml"
-    if not file.is_file():
-        raise UserError(
-            f"resume={folder} is not the folder of a run ({file} is missing): give the one that it printed, or repeat "
-            "a sweep's command with hydra.sweep.dir=DIR"
-        )
-    new = {_key(argument) for argument in given}
-    return [str(override) for override in OmegaConf.load(file) if _key(str(override)) not in new]
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").split("=")[0]
-
-
 def command_line(command: Callable[[], None], module: str = "pattern_bench") -> None:
     """Runs a Hydra command, which ``python -m MODULE`` started. A mistake of the user's gets a message and exit code 1,
     anything else a traceback."""
@@ -113,7 +99,7 @@ def command_line(command: Callable[[], None], module: str = "pattern_bench") -> 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         check_sweep(sys.argv[1:], module)
-        sys.argv[1:] = arguments(sys.argv[1:])
+        sys.argv[1:] = arguments(sys.argv[1:], module)
         command()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         # Hydra keeps what was wrong in the cause of some of its errors; ours say it themselves.

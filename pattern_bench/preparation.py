@@ -294,5 +294,12 @@ def _train_here(setup: Setup, model: nn.Module, training: Training, bar: Bar) ->
 def checkpoint(folder: Path, name: str) -> tuple[ModelCheckpoint, Path | None]:
     """Keeps Lightning's state after every epoch; and the file with it, where an earlier run left one."""
     file = folder / "partial" / f"{name}.ckpt"
-    keep = ModelCheckpoint(file.parent, name, save_on_train_epoch_end=True, enable_version_counter=False)
+    keep = _Checkpoint(file.parent, name, save_on_train_epoch_end=True, enable_version_counter=False)
     return keep, file if file.is_file() else None
+
+
+class _Checkpoint(ModelCheckpoint):
+    """Lightning's, but that it takes no file's word for which other files there are: it would remove them."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -20,6 +19,7 @@ from torch import Tensor
 from pattern_bench import ranks
 from pattern_bench.errors import UserError
 from pattern_bench.files import write_tensors
+from pattern_bench.foreign import UNREADABLE, read_json, read_yaml
 from pattern_bench.results import versions, write_csv, write_json
 from pattern_bench.tracking import Tracker, check, track
 from pattern_bench.writing import write_file
@@ -126,9 +126,8 @@ def begin(cfg: DictConfig, folder: Path, mark: str) -> tuple[dict[str, Any], str
         check(cfg.logger)
         try:
             (folder / mark).unlink(missing_ok=True)
-            probe = folder / ".writable"
-            probe.write_text("")
-            probe.unlink()
+            write_file(folder / ".writable", lambda file: file.write_text(""))
+            (folder / ".writable").unlink()
         except OSError as error:
             raise UserError(
                 f"hydra.run.dir={folder} cannot be written ({error.strerror}): choose another folder"
@@ -168,9 +167,8 @@ def is_complete(cfg: DictConfig, folder: Path, mark: str) -> bool:
     complete = False
     if ranks.first():
         try:
-            done = json.loads((folder / mark).read_text())
-            then = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+            done, then = read_json(folder / mark), read_yaml(folder / CONFIG)
             complete = then == OmegaConf.to_container(cfg, resolve=True) and done.get("versions") == versions()
-        except (OSError, ValueError, AttributeError):
+        except UNREADABLE:
             complete = False
     return ranks.text_from_any("yes" if complete else "") == "yes"

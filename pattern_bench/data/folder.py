@@ -2,39 +2,62 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from pattern_bench.cache import Cache
 from pattern_bench.data.decode import decode
+from pattern_bench.data.kinds import OTHER_IMAGES, counted, suffixes
 from pattern_bench.data.listing import Names, list_images
 from pattern_bench.data.source import Pool, Source, photograph_transform
 from pattern_bench.errors import UserError
 
+log = logging.getLogger(__name__)
+
 
 class FolderPool(Pool):
-    """Every image file below ``root``; the class is the subfolder, where every image lies in one.
+    """Every image file below ``root``; the class is the subfolder, where every image lies in one. Files and folders
+    that are hidden, and files of types that Pillow does not read, are left out; how many is said.
+
+    Args:
+        root: the folder.
+        setting: that names it.
+        cache: keeps the listing.
+        strict: whether an image of a type that Pillow does not read is an error.
 
     Raises:
-        UserError: where ``root`` is no folder or holds no image.
+        UserError: where ``root`` is no folder or holds no image, or under ``strict``.
     """
 
     ids: Names
 
-    def __init__(self, root: str, setting: str, cache: Cache | None = None) -> None:
+    def __init__(self, root: str, setting: str, cache: Cache | None = None, strict: bool = False) -> None:
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise UserError(f"{setting}={root} is not a folder: give the path of a folder of images")
         listing = list_images(self.root, cache)
+        said = counted(listing.left_out)
         if not listing.names:
             raise UserError(
-                f"{setting}={root} holds no image: put files of these types in it: {' '.join(IMG_EXTENSIONS)}"
+                f"{setting}={root} holds no image{f' ({said})' if said else ''}: put files of these types in it: "
+                f"{' '.join(suffixes())}"
             )
+        missed = {suffix: number for suffix, number in listing.left_out.items() if suffix in OTHER_IMAGES}
+        if strict and missed:
+            raise UserError(
+                f"data.strict=true, and {setting}={root} has images of types that Pillow {PIL.__version__} does not "
+                f"read ({', '.join(f'{suffix} {number}' for suffix, number in missed.items())}): convert or remove them"
+            )
+        if set(listing.left_out) - {"hidden"}:
+            log.warning("%s: %s", setting, said)
+        elif said:
+            log.info("%s: %s", setting, said)
         labelled = min(listing.labels) >= 0
         self.ids = listing.names
         self.labels = listing.labels if labelled else None
@@ -59,10 +82,10 @@ class Folder(Source):
         self.root, self.validation_root, self.size = root, validation_root, size
 
     def pools(self) -> tuple[Pool, Pool | None]:
-        train = FolderPool(self.root, "data.root", self.cache)
+        train = FolderPool(self.root, "data.root", self.cache, self.strict)
         if self.validation_root is None:
             return train, None
-        return train, FolderPool(self.validation_root, "data.validation_root", self.cache)
+        return train, FolderPool(self.validation_root, "data.validation_root", self.cache, self.strict)
 
     def transform(self) -> Callable[[Any], Tensor]:
         return photograph_transform(self.size)

@@ -14,6 +14,7 @@ import os
 import time
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,13 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from pattern_bench.cache import Cache, key_of
+from pattern_bench.data.kinds import is_hidden, suffix_of, suffixes
 
 log = logging.getLogger(__name__)
 
-LISTING_VERSION = 1
+LISTING_VERSION = 2
 # Files whose size and time are compared before a kept listing is used: all of a folder up to this size, of a larger one
 # so many, evenly spaced. A folder's own time shows what was added, removed, renamed or replaced, but not a file that
 # was written anew in its place.
@@ -89,16 +90,19 @@ class Listing:
         labels: the number in ``classes`` of the subfolder that each lies in; -1 for those in no subfolder.
         classes: the subfolders that hold images, sorted.
         fingerprint: a hash of every image's path, size and time of modification.
+        left_out: how many files and folders are no images, by suffix, ``hidden`` and ``unreadable folder``; what lies
+            in hidden folders is not looked at.
     """
 
     names: Names
     labels: Sequence[int]
     classes: list[str]
     fingerprint: str
+    left_out: dict[str, int]
 
 
 def list_images(root: Path, cache: Cache | None, follow_links: bool = False) -> Listing:
-    """Lists the images below ``root``, or takes the listing that the cache keeps.
+    """Lists the images below ``root`` that Pillow reads, but for hidden ones; or takes the listing of the cache.
 
     A kept listing is used as long as no folder below ``root`` has changed, nor any of the files that are compared
     (:data:`COMPARED`). Processes that ask at the same time list once.
@@ -110,7 +114,9 @@ def list_images(root: Path, cache: Cache | None, follow_links: bool = False) -> 
     """
     if cache is None:
         return _listing(*_walk(root, follow_links))
-    key = key_of(version=LISTING_VERSION, folder=str(root.resolve()), follow_links=follow_links)
+    key = key_of(
+        version=LISTING_VERSION, folder=str(root.resolve()), follow_links=follow_links, suffixes=" ".join(suffixes())
+    )
     with cache.lock("listings", key):
         entry = cache.load("listings", key)
         if entry is None or not _unchanged(root, entry[0]):
@@ -134,7 +140,8 @@ def numbers(values: Tensor) -> array[int]:
 
 def _listing(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Listing:
     names = Names(tensors["names"], tensors["ends"])
-    return Listing(names, numbers(tensors["labels"]), json.loads(metadata["classes"]), metadata["fingerprint"])
+    classes, left_out = json.loads(metadata["classes"]), json.loads(metadata["left_out"])
+    return Listing(names, numbers(tensors["labels"]), classes, metadata["fingerprint"], left_out)
 
 
 def _walk(root: Path, follow_links: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -143,7 +150,8 @@ def _walk(root: Path, follow_links: bool) -> tuple[dict[str, Tensor], dict[str, 
     columns = {name: array("q") for name in ("ends", "labels", "sizes", "times", "folder_ends", "folder_times")}
     classes: list[str] = []
     digest = hashlib.sha256()
-    endings = tuple(os.fsencode(ending) for ending in IMG_EXTENSIONS)
+    left_out: Counter[str] = Counter()
+    endings = frozenset(suffixes())
 
     def visit(below: bytes) -> None:
         folder = os.path.join(os.fsencode(root), below)
@@ -154,16 +162,24 @@ def _walk(root: Path, follow_links: bool) -> tuple[dict[str, Tensor], dict[str, 
                 entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
             log.warning("%s is left out: it cannot be read (%s)", os.fsdecode(folder), error.strerror)
+            left_out["unreadable folder"] += 1
             changed, entries = -1, []  # a time that no folder has: the listing will not be used again
         folders.extend(below)
         columns["folder_ends"].append(len(folders))
         columns["folder_times"].append(changed)
         for entry in entries:
             path = below + b"/" + entry.name if below else entry.name
-            if _is(entry.is_dir):
+            name = os.fsdecode(entry.name)
+            if is_hidden(name):
+                left_out["hidden"] += 1
+            elif _is(entry.is_dir):
                 if follow_links or not entry.is_symlink():
                     visit(path)
-            elif entry.name.lower().endswith(endings) and (_is(entry.is_file) or entry.is_symlink()):
+            elif not (_is(entry.is_file) or entry.is_symlink()):
+                continue  # a pipe, a socket, a device
+            elif (suffix := suffix_of(name)) not in endings:
+                left_out[suffix] += 1
+            else:
                 size, modified = _size_and_time(entry)
                 names.extend(path)
                 columns["ends"].append(len(names))
@@ -183,7 +199,8 @@ def _walk(root: Path, follow_links: bool) -> tuple[dict[str, Tensor], dict[str, 
     visit(b"")
     tensors = {"names": tensor_of(names), "folders": tensor_of(folders)}
     tensors |= {name: tensor_of(column) for name, column in columns.items()}
-    return tensors, {"classes": json.dumps(classes), "fingerprint": digest.hexdigest()}
+    metadata = {"classes": json.dumps(classes), "fingerprint": digest.hexdigest()}
+    return tensors, {**metadata, "left_out": json.dumps(left_out, ensure_ascii=True)}
 
 
 def _is(question: Callable[[], bool]) -> bool:

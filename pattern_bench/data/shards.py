@@ -31,10 +31,10 @@ from typing import Any, BinaryIO
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from pattern_bench.cache import Cache, key_of
 from pattern_bench.data.decode import decode
+from pattern_bench.data.kinds import NO_SUFFIX, counted, is_hidden, suffixes
 from pattern_bench.data.listing import Names, numbers, tensor_of
 from pattern_bench.data.remote import File, Store, describe, find, plain, read_part
 from pattern_bench.data.source import Pool, Source, photograph_transform
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 Index = tuple[dict[str, Tensor], dict[str, str]]
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 # A single image of a remote shard costs a round trip, in which about so many bytes of a download would arrive. A shard
 # is downloaded when its single images have cost what the download does.
 ROUND_TRIP_BYTES = 4 * 2**20
@@ -83,7 +83,7 @@ class ShardPool(Pool):
         columns = {name: [tensors[name] for tensors, _ in entries] for name in entries[0][0]}
         counts = [len(offsets) for offsets in columns["offsets"]]
         if not sum(counts):
-            raise UserError(f"{setting}: no image in {len(shards)} shards: give shards with {' '.join(IMG_EXTENSIONS)}")
+            raise UserError(f"{setting}: no image in {len(shards)} shards: give shards with {' '.join(suffixes())}")
         self.firsts = [0, *accumulate(counts)][:-1]
         text_before = [0, *accumulate(len(text) for text in columns["names"])]
         ends = [ends + before for ends, before in zip(columns["ends"], text_before, strict=False)]
@@ -97,6 +97,11 @@ class ShardPool(Pool):
             if metadata["cut"]:
                 log.warning("%s: %s", shard, metadata["cut"])
         self.fingerprint = digest.hexdigest()
+        left_out: Counter[str] = Counter()
+        for _, metadata in entries:
+            left_out.update(json.loads(metadata["left_out"]))
+        if said := counted(left_out):
+            log.log(logging.WARNING if set(left_out) - {"hidden"} else logging.INFO, "%s: %s", setting, said)
         if store is not None and len(shards) > store.kept and not all(shard.parts for shard in shards):
             log.warning(
                 "%s: the server gives no parts of files, so that an image out of the shards' order may cost a shard: "
@@ -178,7 +183,8 @@ def _quietly(shard: File, store: Store) -> None:
 
 def _key_of(shard: File) -> str:
     place = shard.place if shard.remote else os.path.abspath(shard.place)
-    return key_of(version=INDEX_VERSION, shard=place, size=shard.size, changed=shard.version)
+    return key_of(version=INDEX_VERSION, shard=place, size=shard.size, changed=shard.version,
+                  suffixes=" ".join(suffixes()))  # fmt: skip
 
 
 def _kept_index(shard: File, cache: Cache | None) -> Index | None:
@@ -212,7 +218,8 @@ def read_index(file: BinaryIO, name: str) -> Index:
 
     Returns:
         ``names`` and ``ends`` (see :class:`Names`), ``offsets`` and ``sizes`` in bytes and ``labels`` (-1 without one),
-        (images,) int64 but for ``names``; ``cut``, why the shard seems to end early (or nothing), and a ``digest``.
+        (images,) int64 but for ``names``; ``cut``, why the shard seems to end early (or nothing), a ``digest``, and
+        ``left_out``, as JSON: how many members are hidden, or by their ending, belong to no image.
 
     Raises:
         tarfile.TarError: where it does not begin as an uncompressed tar file.
@@ -221,8 +228,12 @@ def read_index(file: BinaryIO, name: str) -> Index:
     names, cut = bytearray(), ""
     columns = {column: array("q") for column in ("ends", "offsets", "sizes", "labels")}
 
+    endings, left_out, others = frozenset(suffixes()), Counter[str](), Counter[str]()
+
     def keep(image: tarfile.TarInfo | None, label: int) -> None:
-        if image is not None:
+        if image is None:
+            left_out.update(others)
+        else:
             names.extend(os.fsencode(image.name))
             for column, value in zip(columns, (len(names), image.offset_data, image.size, label), strict=True):
                 columns[column].append(value)
@@ -231,14 +242,20 @@ def read_index(file: BinaryIO, name: str) -> Index:
     members = _members(file)
     try:
         for member in members:
+            if any(map(is_hidden, member.name.split("/"))):
+                left_out["hidden"] += 1
+                continue
             stem, ending = _key(member.name)
             if stem != key:
                 keep(image, label)
                 key, image, label = stem, None, -1
-            if f".{ending}" in IMG_EXTENSIONS:
+                others.clear()
+            if f".{ending}" in endings:
                 image = image or member
             elif ending == "cls" or (ending == "json" and label < 0):
                 label = _label(file, member, name)
+            elif ending != "json":
+                others[f".{ending}" if ending else NO_SUFFIX] += 1
     except tarfile.TarError as error:
         if image is None and not names:
             raise
@@ -249,7 +266,7 @@ def read_index(file: BinaryIO, name: str) -> Index:
     digest = hashlib.sha256(names)
     for values in columns.values():
         digest.update(values)
-    return tensors, {"cut": cut, "digest": digest.hexdigest()}
+    return tensors, {"cut": cut, "digest": digest.hexdigest(), "left_out": json.dumps(left_out)}
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -277,8 +294,7 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 end = member.offset_data + member.size
                 if end > length:
                     raise tarfile.ReadError("unexpected end of data")
-                # Names that begin with a dot are other programs' notes.
-                if member.isreg() and not member.issparse() and not posixpath.basename(member.name).startswith("."):
+                if member.isreg() and not member.issparse():
                     yield member
             file.seek(shard.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,9 +15,12 @@ from torchvision import datasets
 
 from pattern_bench.cache import Cache, key_of
 from pattern_bench.data.decode import decode
+from pattern_bench.data.kinds import counted, is_hidden
 from pattern_bench.data.listing import Names, list_images
 from pattern_bench.data.source import Pool, Source, photograph_transform
 from pattern_bench.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class ImageNetPool(Pool):
@@ -55,6 +59,8 @@ class ImageNetPool(Pool):
         if -1 in listing.labels:
             stray = listing.names[listing.labels.index(-1)]
             raise UserError(f"{where}: {part}/{stray} lies in no class's folder: move it to one, or remove it")
+        if said := counted(listing.left_out):
+            log.info("data.root, %s/: %s", part, said)
         self.root, self.ids = root, listing.names.below(f"{part}/")
         self.labels, self.classes, self.fingerprint = listing.labels, len(layout.wnids), listing.fingerprint
 
@@ -64,6 +70,10 @@ class ImageNetPool(Pool):
 
 class _Layout(datasets.ImageNet):
     """torchvision's checks, unpacking and classes, without its own walk over the images."""
+
+    def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
+        classes = [name for name in super().find_classes(directory)[0] if not is_hidden(name)]
+        return classes, {name: number for number, name in enumerate(classes)}
 
     @staticmethod
     def make_dataset(*_: Any, **__: Any) -> list[tuple[str, int]]:

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import pandas as pd
 
 from pattern_bench.errors import UserError
-from pattern_bench.reporting.sweeps import COMMANDS, UNREADABLE, kind_of_run, read_overrides, read_yaml
+from pattern_bench.foreign import UNREADABLE, read_json, read_yaml
+from pattern_bench.reporting.sweeps import COMMANDS, kind_of_run, read_overrides
 from pattern_bench.results import BOOTSTRAP_COLUMNS, DEGRADATION_COLUMNS, RHO_COLUMNS
 
 TYPES: dict[str, Any] = {
@@ -158,15 +159,8 @@ def read_run(folder: Path, name: str) -> Run:
     return Run(folder, name, ended, summary, accuracy, settings, read_overrides(folder), rho, degradation, bootstrap)
 
 
-def _json(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{file.name} is no object")
-    return content
-
-
 def _summary(file: Path) -> dict[str, Any]:
-    summary = _json(file)
+    summary = read_json(file)
     for key, kind in (("run_id", str), ("ended", str), ("area_over_curve_interval", dict), ("versions", dict),
                       ("skipped", dict)):  # fmt: skip
         if not isinstance(summary.get(key, kind()), kind):
@@ -181,7 +175,7 @@ def _accuracy(file: Path) -> dict[str, Any]:
     """Empty where there is none."""
     if not file.is_file():
         return {}
-    accuracy = _json(file)
+    accuracy = read_json(file)
     if "top1" in accuracy:
         top1, images = accuracy["top1"], accuracy.get("images")
         if not (_is_number(top1) and 0 <= top1 <= 1 and isinstance(images, int) and images > 0):
@@ -257,7 +251,7 @@ def read_pictures(found: Found) -> list[Pictures]:
     for kind in ("gallery", "sanity"):
         for folder, name in found.complete[kind].items():
             try:
-                summary = _json(folder / COMMANDS[kind])
+                summary = read_json(folder / COMMANDS[kind])
             except UNREADABLE as error:
                 raise UserError(f"the run in {name} is damaged ({error}): remove it or run it again") from error
             pictures.append(Pictures(folder, name, kind, summary, read_overrides(folder)))

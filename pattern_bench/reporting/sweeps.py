@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -19,14 +20,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pattern_bench.__main__ import CONF
 from pattern_bench.errors import UserError
+from pattern_bench.foreign import UNREADABLE, read_yaml
+from pattern_bench.resuming import may_be_taken, quoted, shell_command
 
 COMMANDS = {"pattern_bench": "summary.json", "gallery": "gallery.json", "sanity": "sanity.json"}
 """By the name that Hydra knows each command under: the file that says that its run is complete."""
 WITH_PATTERNS = ("pattern_net", "pattern_attribution")
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Names no objects; ten times as fast where PyYAML was built with libyaml, as its wheels are."""
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError)
-"""What reading a damaged YAML file can raise."""
+MOST_JOBS = 100_000
+"""Of a sweep: a range in somebody's folder can be as long as it likes."""
+# One of our own files, which says where a sweep's jobs run.
+_HARMLESS = re.compile(r"-m|hydra/launcher=\w+")
+# What a network of one's own is called, as long as nobody imports it.
+_NAME_ALONE = re.compile(r"model\.path=[\w.]+")
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,9 @@ def _jobs(arguments: list[str]) -> tuple[tuple[str, ...], ...]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()  # for glob(), which asks which choices there are
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+        sizes = [len(list(islice(o.sweep_iterator(), MOST_JOBS))) for o in overrides if o.is_discrete_sweep()]
+        if math.prod(sizes) >= MOST_JOBS:
+            raise ValueError(f"it has {MOST_JOBS} jobs or more")
         (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     return tuple(tuple(job) for job in batch)
 
@@ -106,21 +114,28 @@ def kind_of_run(folder: Path) -> str | None:
 
 
 def command_of(kind: str, arguments: Sequence[str], sweep: Path | None = None) -> str:
-    """The command line that runs ``arguments``; as the sweep in the folder ``sweep``, which runs what it lacks."""
-    module = "pattern_bench" if kind == "pattern_bench" else f"pattern_bench.{kind}"
+    """The command line that runs ``arguments``, which a folder gave; as the sweep in the folder ``sweep``, which runs
+    what it lacks. What no folder chooses stands behind it, as a comment."""
+    left_out = [text for text in arguments if not (_HARMLESS.fullmatch(text) or may_be_taken(text, swept=True))]
+    arguments = [text for text in arguments if text not in left_out]
     if sweep is not None:
         arguments = ["-m", *arguments, f"hydra.sweep.dir={_quoted(sweep)}"]
-    return shlex.join(["python", "-m", module, *arguments])
+    line = shell_command(["python", "-m", _module(kind), *arguments])
+    return f"{line}  # without {shell_command(left_out)}: add what you trust" if left_out else line
 
 
 def command_to_resume(kind: str, folder: Path) -> str:
     """The command line that takes up the unfinished run in ``folder``."""
-    return command_of(kind, [f"resume={_quoted(folder)}"])
+    return shell_command(["python", "-m", _module(kind), f"resume={_quoted(folder)}"])
+
+
+def _module(kind: str) -> str:
+    return "pattern_bench" if kind == "pattern_bench" else f"pattern_bench.{kind}"
 
 
 def _quoted(folder: Path) -> str:
     text = str(folder)
-    return text if all(c.isalnum() or c in "/._-" for c in text) else f"'{text}'"
+    return text if all(c.isalnum() or c in "/._-" for c in text) else quoted(text)
 
 
 @dataclass(frozen=True)
@@ -139,8 +154,8 @@ class Names:
 
 def expected_names(overrides: Sequence[str]) -> Names | None:
     """Of the job with these overrides, which is composed and not run, nor is anything imported that it names; None
-    where it cannot be composed."""
-    kept = [override for override in overrides if not override.lstrip("+~").startswith("hydra")]
+    where it cannot be composed. What no folder chooses is left out."""
+    kept = [text for text in overrides if may_be_taken(text) or _NAME_ALONE.fullmatch(text)]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("config", kept, return_hydra_config=True)
@@ -168,14 +183,6 @@ def _curve(cfg: Any, estimator: str, method: str, layers: list[str]) -> tuple[st
     if how["replacement"] != "mean":
         differs.append("blur" if how["replacement"] == "blur" else f"constant {how['value']:g}")
     return who, ", ".join([method, *differs])
-
-
-def read_yaml(file: Path) -> Any:
-    loader = LOADER(file.read_text())
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
 
 
 def _line(error: BaseException) -> str:
