@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
 from pattern_bench.core.layers import LAYER_TYPES, Layer, PaddedConv2d, convolved, geometry_of
-from pattern_bench.core.network import unwrapped, without_weights
+from pattern_bench.core.network import refuse_training, unwrapped, without_weights
 from pattern_bench.core.outputs import as_logits
 from pattern_bench.errors import UserError
 
@@ -48,9 +48,14 @@ def canonical(model: nn.Module, example: Tensor) -> nn.Module:
         model: any network; it is not changed.
         example: (B, C, spatial...), images of the size that the network is to be used with.
 
+    Returns:
+        A network that puts out logits (B, K), as ``core.outputs`` finds them; other outputs than (B, K) as they are.
+
     Raises:
-        UserError: where a layer does more than its declared convolution, where learned weights are multiplied with
-            outside of Conv and Linear modules, or where the copy computes other outputs.
+        UserError: where the network is in training mode, or lacks weights; where it puts out several tensors, or
+            probabilities that no softmax of its own made; where a layer does more than its declared convolution, where
+            learned weights are multiplied with outside of Conv and Linear modules, or where the copy computes other
+            outputs.
     """
     network = _copy(model)
     name = type(model).__name__
@@ -86,6 +91,7 @@ def same(found: Tensor, expected: Tensor) -> bool:
 def _copy(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     name = type(model).__name__
+    refuse_training(model)
     scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
     if scripted:
         raise UserError(
@@ -236,7 +242,11 @@ def _plain(layer: Layer, x: Tensor) -> Layer | None:
             }
             settings["bias"] = bias is not None
             extra = [b - a for a, b in zip(x.shape[2:], call["input"].shape[2:], strict=True)]
-            if isinstance(layer, nn.Conv2d) and not geometry_of(layer).pads and type(layer).forward is not nn.Conv2d.forward:
+            if (
+                isinstance(layer, nn.Conv2d)
+                and not geometry_of(layer).pads
+                and type(layer).forward is not nn.Conv2d.forward
+            ):
                 plain = PaddedConv2d(**settings, margins=tuple((e // 2, e - e // 2) for e in extra))
             else:
                 plain = _base(layer)(**settings, padding=layer.padding, padding_mode=layer.padding_mode)

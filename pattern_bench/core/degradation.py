@@ -8,6 +8,7 @@ Of signals (B, C, T) patches are stretches, of volumes (B, C, D, H, W) cubes: as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pattern_bench.core.outputs import probabilities
+from pattern_bench.errors import UserError
 
 REPLACEMENTS = ("mean", "blur", "constant")
 ORDERS = ("most", "least")
@@ -23,6 +25,26 @@ ORDERS = ("most", "least")
 def grid_of(spatial: Sequence[int], patch: int) -> tuple[int, ...]:
     """How many whole patches there are along each spatial dimension."""
     return tuple(size // patch for size in spatial)
+
+
+def check_patches(spatial: Sequence[int], patch: int, steps: int) -> None:
+    """
+    Raises:
+        UserError: where ``steps`` patches with sides of ``patch`` are not possible in images of this size.
+    """
+    if not 1 <= len(spatial) <= 3:
+        raise UserError(
+            f"images have {len(spatial)} spatial dimensions: give signals, images or volumes, (B, C, spatial...)"
+        )
+    for setting, value in (("patch", patch), ("steps", steps)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{setting}={value} is not possible: give a whole number of at least 1")
+    size, count = "×".join(map(str, spatial)), math.prod(grid_of(spatial, patch))
+    if count < steps:
+        setting = f"patch={patch}" if not count else f"steps={steps}"
+        raise UserError(
+            f"{setting} is not possible: images of this size ({size}) have {count} whole patches: give a smaller one"
+        )
 
 
 def rank_patches(heat: Tensor, patch: int, order: str = "most") -> Tensor:

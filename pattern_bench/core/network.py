@@ -35,6 +35,18 @@ def in_training(model: nn.Module) -> str | None:
     return next((name or "at the root" for name, module in model.named_modules() if module.training), None)
 
 
+def refuse_training(model: nn.Module) -> None:
+    """
+    Raises:
+        UserError: where a module is in training mode.
+    """
+    if where := in_training(model):
+        raise UserError(
+            f"model={type(model).__name__} is in training mode (module {where}), in which its outputs are random or depend "
+            "on their batch: call model.eval() first"
+        )
+
+
 def layers_in_order(model: nn.Module, example: Tensor) -> list[str]:
     """Names of the Conv and Linear layers in the order in which a forward pass of ``example`` first calls them."""
     order: list[str] = []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pattern_bench.core.network import unwrapped
+from pattern_bench.core.network import refuse_training, unwrapped
 from pattern_bench.errors import UserError
 
 Output = str | int | Callable[[Any], Tensor] | None
@@ -61,6 +61,35 @@ def answer(network: Any, logits: Tensor) -> Answer:
     if logits.shape[1] > 1:
         return Answer(output, output, confidence)
     return Answer(output, (logits[:, 0] > 0).long(), torch.maximum(confidence, 1 - confidence))
+
+
+def targets(target: Tensor | int | None, logits: Tensor) -> Tensor:
+    """The outputs that ``target`` asks for, (B,): those of the largest of ``logits`` (B, K) for None.
+
+    Raises:
+        UserError: where it is neither a whole number nor B of them, or out of range.
+    """
+    images, outputs = logits.shape
+    if target is None:
+        return logits.argmax(1)
+    if isinstance(target, int) and not isinstance(target, bool):
+        target = torch.tensor(target)
+    whole = isinstance(target, Tensor) and not (
+        target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
+    )
+    if not whole or target.shape not in ((), (images,)):
+        what = f"{target.dtype} of shape {tuple(target.shape)}" if isinstance(target, Tensor) else repr(target)
+        raise UserError(
+            f"target={what} is not possible: give one whole number, a tensor of {images} (one for each image), or None for "
+            "the predicted class"
+        )
+    outside = target[(target < 0) | (target >= outputs)]
+    if outside.numel():
+        raise UserError(
+            f"target={int(outside.flatten()[0])} is out of range: the network has {outputs} outputs, so give 0 to "
+            f"{outputs - 1}, or None for the predicted class"
+        )
+    return target.detach().to(logits.device, torch.int64).expand(images).clone()
 
 
 # --- logits ---
@@ -178,9 +207,10 @@ def as_logits(model: nn.Module, example: Tensor, output: Output = None) -> nn.Mo
         output: as of :class:`Logits`.
 
     Raises:
-        UserError: where the network puts out several tensors and none is named, or probabilities that no softmax or
-            sigmoid made.
+        UserError: where the network is in training mode; where it puts out several tensors and none is named, or
+            probabilities that no softmax or sigmoid made.
     """
+    refuse_training(model)
     plain_model, model = model, unwrapped(model)
     name = type(model).__name__
     with torch.no_grad(), _Calls() as calls:
