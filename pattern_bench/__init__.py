@@ -4,6 +4,7 @@ from typing import Any
 
 # Loaded when asked for; in the order of their use.
 __all__ = [
+    "Logits",
     "PatternAttribution",
     "PatternNet",
     "collect_moments",

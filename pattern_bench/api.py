@@ -22,6 +22,8 @@ from pattern_bench.core.estimators import Estimator, Pattern
 from pattern_bench.core.layers import Scratch
 from pattern_bench.core.moments import MEMORY, Moments
 from pattern_bench.core.network import collecting, layers_in_order, select_layers
+from pattern_bench.core.outputs import Logits as Logits
+from pattern_bench.core.outputs import answer, as_logits, targets
 from pattern_bench.core.quality import CLOSED_FORM, Probe, Target, rho
 from pattern_bench.errors import UserError, did_you_mean
 from pattern_bench.files import Damaged, read_tensors, write_tensors
@@ -335,36 +337,36 @@ def degradation(
 
     Args:
         model: the network, in evaluation mode.
-        images: (B, C, H, W).
+        images: (B, C, spatial...): signals, images or volumes.
         methods: by name, objects with ``attribute(inputs, target=...)`` (this suite's, captum's), or functions
             ``explain(model, inputs, targets)`` that return a tensor or array (Quantus').
-        target: classes (B,); the predicted ones for None.
+        target: outputs to explain, (B,) or one for all; the predicted classes for None.
         patch, steps, order, replacement, value: the protocol.
         seed: of the random order.
 
     Returns:
-        By method, and ``random_order``: softmax probabilities (B, steps + 1).
+        By method, and ``random_order``: probabilities (``core.outputs``) of the target, (B, steps + 1).
 
     Raises:
-        UserError: where a setting is not possible.
+        UserError: where a setting or a target is not possible; where the network is in training mode, or puts out what
+            says not which its logits are.
     """
     for setting, given, choices in (("order", order, core_degradation.ORDERS),
                                     ("replacement", replacement, core_degradation.REPLACEMENTS)):  # fmt: skip
         if given not in choices:
             raise UserError(f"{setting}={given} is unknown: choose from {', '.join(choices)}")
-    rows, columns = images.shape[2] // patch, images.shape[3] // patch
-    if not 1 <= steps <= rows * columns:
-        raise UserError(f"steps={steps} is not possible: images of this size have {rows * columns} whole patches")
+    core_degradation.check_patches(images.shape[2:], patch, steps)
+    network = as_logits(model, images[:1])
     with torch.no_grad():
-        target = model(images).argmax(1) if target is None else target
-    generator = torch.Generator().manual_seed(seed)
-    ranks = {"random_order": core_degradation.random_ranks(len(images), rows, columns, generator).to(images.device)}
+        target = targets(target, network(images))
+    grid, generator = core_degradation.grid_of(images.shape[2:], patch), torch.Generator().manual_seed(seed)
+    ranks = {"random_order": core_degradation.random_ranks(len(images), grid, generator).to(images.device)}
     for name, explanation in methods.items():
         ranks[name] = core_degradation.rank_patches(_explained(explanation, model, images, target), patch, order)
     replaced_by = core_degradation.replacement(images, patch, replacement, value)
     with torch.no_grad():
         return {
-            name: core_degradation.degradation_curve(model, images, rank, target, patch, steps, replaced_by)
+            name: core_degradation.degradation_curve(network, images, rank, target, patch, steps, replaced_by)
             for name, rank in ranks.items()
         }
 
@@ -378,9 +380,11 @@ def draw_gallery(
     """
     from pattern_bench.figures import draw_explanations
 
+    network = as_logits(model, images[:1])
     with torch.no_grad():
-        confidence, predicted = model(images).softmax(1).max(1)
-    target = predicted if target is None else target
+        logits = network(images)
+    _, predicted, confidence = answer(network, logits)
+    target = targets(target, logits)
     columns = {}
     for name, explanation in methods.items():
         title = f"signal, {name}" if getattr(explanation, "kind", "") == "signal" else name

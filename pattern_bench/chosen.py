@@ -79,7 +79,7 @@ def check_methods(setup: Setup, methods: Mapping[str, Any]) -> None:
     """
     if not setup.classifier:
         raise UserError(f"model={setup.model_name} has no classifier, so there is no answer to explain: choose another")
-    if setup.sample.ndim != 3:
+    if setup.sample.ndim < 2:
         raise UserError(f"data={setup.source.name} has no images: choose other data")
     if setup.layers != setup.all_layers:
         raise UserError("the explanation of a whole network needs all of its layers: give layer=all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from pattern_bench import ranks
 from pattern_bench.cache import key_of
 from pattern_bench.config import build
-from pattern_bench.core.degradation import area_over_curve, mean_interval, random_ranks
+from pattern_bench.core.degradation import area_over_curve, grid_of, mean_interval, random_ranks
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.data.splits import Split
 from pattern_bench.errors import UserError
@@ -39,7 +40,7 @@ def why_no_accuracy(setup: Setup) -> str | None:
         return f"model={setup.model_name} has no classifier"
     if pool.labels is None:
         return f"data={setup.source.name} has no labels"
-    if pool.classes != setup.outputs:
+    if pool.classes != setup.outputs and (pool.classes, setup.outputs) != (2, 1):
         return (
             f"data={setup.source.name} has {pool.classes} classes and model={setup.model_name} {setup.outputs} outputs"
         )
@@ -50,7 +51,7 @@ def why_no_explanation(setup: Setup) -> str | None:
     """Why the network's answers cannot be explained, or None."""
     if not setup.classifier:
         return f"model={setup.model_name} has no classifier, so there is no answer to explain"
-    if setup.sample.ndim != 3:
+    if setup.sample.ndim < 2:
         return f"data={setup.source.name} has no images"
     if setup.layers != setup.all_layers and chosen_method(setup)[1] and setup.estimator.has_pattern:
         return (
@@ -210,14 +211,15 @@ def _joined_rows(stream: RowStream) -> dict[str, Tensor]:
 def patch_and_steps(setup: Setup) -> tuple[int, int]:
     """Side of a patch and number of patches to replace: the settings, or the paper's 9 and 100 at 224 pixels scaled
     to the image's size. A patch of one pixel would be replaced by itself, so the default is at least 2."""
-    height, width = setup.sample.shape[1:]
-    patch = setup.cfg.degradation.patch or max(2, round(9 / 224 * min(height, width)))
-    count = (height // patch) * (width // patch)
+    spatial = setup.sample.shape[1:]
+    patch = setup.cfg.degradation.patch or max(2, round(9 / 224 * min(spatial)))
+    count = math.prod(grid_of(spatial, patch))
     steps = setup.cfg.degradation.steps or max(1, min(100, count))
     if steps > count:
         raise UserError(
-            f"degradation.steps={steps} is more than the {count} whole patches of {patch}×{patch} pixels in images "
-            f"of {height}×{width}: take fewer steps, or a smaller degradation.patch"
+            f"degradation.steps={steps} is more than the {count} whole patches of "
+            f"{'×'.join([str(patch)] * len(spatial))} pixels in images of {'×'.join(map(str, spatial))}: take fewer steps, "
+            "or a smaller degradation.patch"
         )
     return patch, steps
 
@@ -233,8 +235,8 @@ def degrade(
     """
     patch, steps = patch_and_steps(setup)
     split = setup.splits["validation"].first(setup.cfg.degradation.images or len(setup.splits["validation"]))
-    height, width = setup.sample.shape[1:]
-    order = random_ranks(len(split), height // patch, width // patch, torch.Generator().manual_seed(setup.cfg.seed))
+    grid = grid_of(setup.sample.shape[1:], patch)
+    order = random_ranks(len(split), grid, torch.Generator().manual_seed(setup.cfg.seed))
     how = setup.cfg.degradation
     replaced = {"patch": patch, "steps": steps, "replacement": how.replacement, "value": how.value}
 

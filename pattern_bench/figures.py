@@ -143,10 +143,11 @@ def draw_degradation(degradation: pd.DataFrame, path: Path, missing: Sequence[tu
 
 
 def draw_explanations(images: Tensor, columns: Mapping[str, Tensor], captions: list[str], path: Path) -> None:
-    """One row per image: the input, then each explanation.
+    """One row per image: the input, then each explanation. Signals are drawn as curves, volumes by the slice in the middle
+    of their first spatial dimension.
 
     Args:
-        images: (n, C, H, W) network inputs, shown from their own minimum to their maximum.
+        images: (n, C, spatial...) network inputs, shown from their own minimum to their maximum.
         columns: by title, explanations of the same shape. A title that starts with ``signal`` is shown in colour
             as x / (2 max|x|) + 1/2, any other summed over channels as a diverging heat map.
         captions: a line per image.
@@ -167,7 +168,7 @@ def draw_explanations(images: Tensor, columns: Mapping[str, Tensor], captions: l
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a gallery: (C, H, W), shown as ``input`` (from its minimum to its maximum), in ``colour`` (as
+    """One picture of a gallery: (C, spatial...), shown as ``input`` (from its minimum to its maximum), in ``colour`` (as
     x / (2 max|x|) + 1/2), or as ``heat`` (summed over channels, on a diverging map that is symmetric around 0)."""
 
     title: str
@@ -251,7 +252,16 @@ def draw_similarity(table: pd.DataFrame, path: Path, title: str, xlabel: str, yl
     _save(figure, path)
 
 
+def _plane(values: Tensor) -> Tensor:
+    """What of (C, spatial...) can be drawn: all of signals (C, T) and images; of volumes the slice in the middle of the
+    first spatial dimension."""
+    while values.ndim > 3:
+        values = values[:, values.shape[1] // 2]
+    return values
+
+
 def _show_explanation(axis: plt.Axes, explanation: Tensor, signal: bool, percentile: float = 100.0) -> None:
+    explanation = _plane(explanation)
     shown = explanation if signal else explanation.sum(0)
     bound = float(np.percentile(shown.abs().numpy(), percentile))
     # Where fewer pixels than that are not zero, their own maximum.
@@ -259,12 +269,23 @@ def _show_explanation(axis: plt.Axes, explanation: Tensor, signal: bool, percent
     if signal:
         _show(axis, (shown / (2 * bound) + 0.5).clamp(0, 1))
         return
+    if shown.ndim == 1:
+        shown = (shown / bound).clamp(-1, 1)
+        for part, end in ((shown.clamp(min=0), 1.0), (shown.clamp(max=0), 0.0)):
+            axis.fill_between(range(len(part)), part.numpy(), color=plt.get_cmap(HEAT)(end), linewidth=0)
+        axis.set(xticks=[], yticks=[], ylim=(-1.05, 1.05))
+        return
     axis.imshow(shown.numpy(), cmap=HEAT, vmin=-bound, vmax=bound, interpolation="nearest")
     axis.set(xticks=[], yticks=[])
 
 
 def _show(axis: plt.Axes, image: Tensor) -> None:
-    """(C, H, W) in [0, 1]; in grey unless it has three channels."""
+    """(C, spatial...) in [0, 1]: a signal as a curve per channel; an image in grey unless it has three channels."""
+    image = _plane(image)
+    if image.ndim == 2:
+        axis.plot(image.mT.numpy(), linewidth=0.7)
+        axis.set(xticks=[], yticks=[], ylim=(-0.05, 1.05))
+        return
     if image.shape[0] == 3:
         axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
     else:

@@ -30,6 +30,7 @@ from pattern_bench.chosen import (
 )  # fmt: skip
 from pattern_bench.config import build
 from pattern_bench.core.estimators import Estimator, Pattern
+from pattern_bench.core.outputs import answer
 from pattern_bench.core.sanity import unit_scale
 from pattern_bench.data.splits import Unreadable
 from pattern_bench.errors import UserError
@@ -50,10 +51,11 @@ TENSORS, SUMMARY = "gallery.safetensors", "gallery.json"
 
 @dataclass
 class Shown:
-    """Images that are explained: network inputs (n, C, H, W), predicted classes (n,), and what is known of each."""
+    """Images that are explained: network inputs (n, C, spatial...), outputs to explain (n,), and what is known of
+    each."""
 
     images: Tensor
-    predicted: Tensor
+    outputs: Tensor
     about: list[dict[str, Any]]
 
 
@@ -166,7 +168,8 @@ def _read(setup: Setup, positions: list[int]) -> Shown:
     setup.model.to(setup.device)
     parts = images.split(setup.source.batch_size)
     with torch.no_grad():
-        confidence, predicted = torch.cat([setup.model(part.to(setup.device)) for part in parts]).softmax(1).max(1)
+        logits = torch.cat([setup.model(part.to(setup.device)) for part in parts])
+    outputs, predicted, confidence = answer(setup.model, logits)
     names = class_names(setup)
     comparable = explanations.why_no_accuracy(setup) is None
     about = []
@@ -186,7 +189,7 @@ def _read(setup: Setup, positions: list[int]) -> Shown:
                 "confidence": c,
             }
         )
-    return Shown(images, predicted, about)
+    return Shown(images, outputs, about)
 
 
 def _patterns(
@@ -291,7 +294,7 @@ def _column(setup: Setup, chosen: Shown, key: str, title: str, method: Any, patt
         return Column(key, title, "signal", chosen.images.double())
     reference = explanations.reference_images(setup, [method])
     explainer = Explainer(setup.model, patterns, reference, setup.source.batch_size)
-    found = explainer.explain(method, chosen.images.to(setup.device), chosen.predicted)
+    found = explainer.explain(method, chosen.images.to(setup.device), chosen.outputs)
     return Column(key, title, kind_of(method).kind, found)
 
 

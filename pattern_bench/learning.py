@@ -11,13 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pattern_bench.core.memory import is_out_of_memory
 from pattern_bench.core.network import collecting
+from pattern_bench.core.outputs import heads, independent
 from pattern_bench.core.reading import Reader
 from pattern_bench.data.splits import Batch, GlobalBatches
 from pattern_bench.errors import UserError
 from pattern_bench.halving import Halving
 from pattern_bench.models.source import Training
 from pattern_bench.streams import Seen, fast_layout, first_not_finite, not_finite
+
+AUXILIARY = 0.3
+"""What the loss of an auxiliary head counts for (Szegedy et al. 2015, section 5)."""
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -205,7 +210,9 @@ class _Objective:
 
 
 class Learner(Descending):
-    """Trains a model on class labels (cross-entropy) or real targets (squared error).
+    """Trains a model on class labels (cross-entropy; binary for a single logit) or real targets (squared error).
+
+    The losses of auxiliary heads, which some networks have in training, are added with the weight ``AUXILIARY``.
 
     What is drawn in a step, by dropout, is a function of the batches' seed and the step, so that training that is taken
     up again goes on as it would have.
@@ -230,13 +237,11 @@ class Learner(Descending):
         torch.manual_seed(((self.seed << 32) + self.global_step) % 2**63)
 
         def loss(part: slice) -> Tensor:
-            outputs = self.model(images[part])
-            values = (
-                F.mse_loss(outputs.squeeze(1), targets[part])
-                if self.regression
-                else F.cross_entropy(outputs, targets[part])
-            )
-            return values * (len(images[part]) / len(images))
+            own, *auxiliary = heads(self._outputs(images[part]))
+            value = self._loss(own, targets[part])
+            for other in auxiliary:
+                value = value + AUXILIARY * self._loss(other, targets[part])
+            return value * (len(images[part]) / len(images))
 
         total = self.descend(len(images), loss)
         if not total.isfinite():
@@ -245,6 +250,27 @@ class Learner(Descending):
                 f"{self.current_epoch}: give a smaller one, or mend the images"
             )
         return total
+
+    def _outputs(self, images: Tensor) -> Any:
+        try:
+            return self.model(images)
+        except RuntimeError as error:  # auxiliary heads need larger images than the rest
+            if is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"model.training: {type(self.model).__name__} cannot be trained on images of shape "
+                f"{tuple(images.shape[1:])} ({str(error).splitlines()[0]}): give larger images, leave auxiliary heads out, or "
+                "give weights"
+            ) from error
+
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean over images of one head's loss."""
+        if self.regression:
+            return F.mse_loss(outputs.squeeze(1), targets)
+        if not independent(self.model, outputs):
+            return F.cross_entropy(outputs, targets)
+        classes = targets[:, None] if outputs.shape[1] == 1 else F.one_hot(targets, outputs.shape[1])
+        return F.binary_cross_entropy_with_logits(outputs, classes.to(outputs))
 
     def batch_norms(self) -> list[str]:
         """Names of the layers that take statistics of a batch."""

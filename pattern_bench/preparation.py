@@ -25,6 +25,7 @@ from pattern_bench.core.degradation import ORDERS, REPLACEMENTS
 from pattern_bench.core.estimators import Estimator
 from pattern_bench.core.memory import fits
 from pattern_bench.core.network import layers_in_order, select_layers
+from pattern_bench.core.outputs import as_logits
 from pattern_bench.core.quality import CRITERIA
 from pattern_bench.data.source import Source
 from pattern_bench.data.splits import GlobalBatches, Split, Unreadable, joined, make_splits
@@ -115,8 +116,8 @@ def prepare(cfg: DictConfig, folder: Path, bar: Bar, check: Callable[[Setup], No
 
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     built = model_source.build(sample, pool.classes)
-    outputs = _outputs(built, sample, model_source.name, source.name)
-    network = canonical(built, sample[None])  # before any training, so that what is refused is refused at once
+    logits, outputs = _logits(built, sample, model_source, source.name)
+    network = canonical(logits, sample[None])  # before any training, so that what is refused is refused at once
     names = layers_in_order(network, sample[None])
     if not names:
         raise UserError(f"model={model_source.name} has no Conv or Linear layer to examine: choose another model")
@@ -132,8 +133,13 @@ def prepare(cfg: DictConfig, folder: Path, bar: Bar, check: Callable[[Setup], No
                 f"model={model_source.name} has no weights and data={source.name} no labels to train it on: "
                 "give model.weights=FILE, or images in one subfolder per class"
             )
-        _train(setup, built, model_source.training, bar)
-        setup.model = canonical(built, sample[None])
+        if outputs == 1 and not source.regression and pool.classes != 2:
+            raise UserError(
+                f"model={model_source.name} has one output and data={source.name} {pool.classes} classes: one output tells "
+                "two classes apart, so choose a model with as many outputs as classes"
+            )
+        _train(setup, logits, model_source.training, bar)
+        setup.model = canonical(logits, sample[None])
         _check_finite(setup.model, cfg)
     setup.model_key = fingerprint(setup.model)
     return setup
@@ -238,19 +244,19 @@ def _sample(split: Split) -> Tensor:
     )
 
 
-def _outputs(model: nn.Module, sample: Tensor, name: str, data: str) -> int:
-    """How many outputs the model has for the data's images."""
+def _logits(model: nn.Module, sample: Tensor, source: ModelSource, data: str) -> tuple[nn.Module, int]:
+    """The model as one that puts out logits, and how many for each of the data's images."""
     try:
+        found = as_logits(model.eval(), sample[None], source.output)
         with torch.no_grad():
-            output = model.eval()(sample[None])
+            return found, found(sample[None]).shape[1]
+    except UserError:
+        raise
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(
-            f"model={name} cannot take data={data}, whose images have shape {tuple(sample.shape)} "
+            f"model={source.name} cannot take data={data}, whose images have shape {tuple(sample.shape)} "
             f"({str(error).splitlines()[0]}): choose a model and data that fit"
         ) from error
-    if not isinstance(output, Tensor):
-        raise UserError(f"model={name} returns a {type(output).__name__}: it must return one tensor of outputs")
-    return output.shape[1]
 
 
 def _train(setup: Setup, model: nn.Module, training: Training, bar: Bar) -> None:

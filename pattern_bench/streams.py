@@ -16,6 +16,7 @@ from pattern_bench.core.firing import FiringCollector
 from pattern_bench.core.layers import Scratch
 from pattern_bench.core.memory import fits
 from pattern_bench.core.network import Watcher, collecting, layers_in_order
+from pattern_bench.core.outputs import answer, probabilities
 from pattern_bench.core.reading import Correlation, Reader
 from pattern_bench.data.splits import Batch
 from pattern_bench.errors import UserError
@@ -57,13 +58,13 @@ def not_finite(layer: str, positions: Tensor) -> UserError:
 
 
 def answers(model: nn.Module, images: Tensor, positions: Tensor) -> Tensor:
-    """The model's outputs, (B, K).
+    """The model's logits, (B, K).
 
     Raises:
         UserError: naming the first layer where something was NaN or infinite, where that shows in them.
     """
     logits: Tensor = model(images)
-    if not logits.softmax(1).isfinite().all():
+    if not probabilities(model, logits).isfinite().all():
         raise not_finite(first_not_finite(model, images) or "after the last one", positions)
     return logits
 
@@ -312,8 +313,12 @@ class AccuracyStream(Stream):
 
     def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
         logits = answers(self.model, images, positions)
-        best = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
-        self.right += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
+        first = answer(self.model, logits).label == targets
+        if logits.shape[1] == 1:  # both of two classes are among the first five
+            among = torch.ones_like(first)
+        else:
+            among = (logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]).any(1)
+        self.right += torch.stack([first.sum(), among.sum()]).cpu()
 
     def state(self) -> dict[str, Tensor]:
         return super().state() | {"right": self.right}
@@ -369,17 +374,17 @@ class RowStream(Stream):
 
 
 class ExplanationStream(RowStream):
-    """Explanations of the classes predicted: rows ``images``, ``targets``, ``predicted``, ``confidence``, and
-    ``explanation/TITLE`` for each of ``methods``."""
+    """Explanations of the classes predicted: rows ``images``, ``targets``, ``predicted`` and ``confidence`` (as in
+    ``core.outputs.Answer``), and ``explanation/TITLE`` for each of ``methods``."""
 
     def __init__(self, model: nn.Module, images: int, methods: Mapping[str, Explains]) -> None:
         super().__init__(model, images)
         self.methods = methods
 
     def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
-        confidence, predicted = answers(self.model, images, positions).softmax(1).max(1)
-        found = {f"explanation/{title}": m.attribute(images, predicted) for title, m in self.methods.items()}
-        rows = {"images": images, "targets": targets, "predicted": predicted, "confidence": confidence}
+        output, label, confidence = answer(self.model, answers(self.model, images, positions))
+        found = {f"explanation/{title}": m.attribute(images, output) for title, m in self.methods.items()}
+        rows = {"images": images, "targets": targets, "predicted": label, "confidence": confidence}
         self.keep(positions, rows | found)
 
 
@@ -387,7 +392,7 @@ class DegradationStream(RowStream):
     """Degradation curves of heat maps, and of a random order, for the class first predicted: rows (images, steps + 1)
     of probabilities by the method's name, and ``random_order``.
 
-    ``random_order`` (images, rows, columns) holds the ranks of the random order by position in the split, so that
+    ``random_order`` (images, grid...) holds the ranks of the random order by position in the split, so that
     it does not depend on batches.
 
     Args:

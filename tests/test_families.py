@@ -380,7 +380,7 @@ def test_what_is_not_supported_is_refused_by_name(case):
 )
 def test_torchvision_transformers_are_refused(name, message):
     with pytest.raises(UserError, match=message):
-        canonical(models.get_model(name, weights=None), torch.randn(1, 3, 224, 224))
+        canonical(models.get_model(name, weights=None).eval(), torch.randn(1, 3, 224, 224))
 
 
 def test_hooks_are_taken_off_again():

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from torchvision import models
 
 from pattern_bench.core.collector import Collector
-from pattern_bench.core.degradation import degraded, random_ranks
+from pattern_bench.core.degradation import degraded, grid_of, random_ranks
 from pattern_bench.core.estimators import Filter, Linear, Pattern, Random, TwoRegimes
 from pattern_bench.core.layers import Scratch, geometry_of, patches
 from pattern_bench.core.moments import Moments
@@ -118,7 +118,7 @@ def rows(model: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
         name: Pattern(w := model.get_submodule(name).weight, w, torch.zeros(len(w), dtype=torch.bool))  # type: ignore
         for name in layers
     }
-    ranks = random_ranks(len(x), x.shape[2] // 2, x.shape[3] // 2, torch.Generator().manual_seed(0)).to(x.device)
+    ranks = random_ranks(len(x), grid_of(x.shape[2:], 2), torch.Generator().manual_seed(0)).to(x.device)
     steps = degraded(x, ranks, 2, ranks[0].numel())
     gradient, attribution = Gradient(model), PatternAttribution(model, filters)
     return {

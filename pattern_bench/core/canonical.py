@@ -19,6 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
 from pattern_bench.core.layers import LAYER_TYPES, Layer, PaddedConv2d, convolved, geometry_of
+from pattern_bench.core.network import refuse_training, unwrapped, without_weights
+from pattern_bench.core.outputs import as_logits
 from pattern_bench.errors import UserError
 
 TOLERANCE = 1e-3
@@ -46,19 +48,25 @@ def canonical(model: nn.Module, example: Tensor) -> nn.Module:
         model: any network; it is not changed.
         example: (B, C, spatial...), images of the size that the network is to be used with.
 
+    Returns:
+        A network that puts out logits (B, K), as ``core.outputs`` finds them; other outputs than (B, K) as they are.
+
     Raises:
-        UserError: where a layer does more than its declared convolution, where learned weights are multiplied with
-            outside of Conv and Linear modules, or where the copy computes other outputs.
+        UserError: where the network is in training mode, or lacks weights; where it puts out several tensors, or
+            probabilities that no softmax of its own made; where a layer does more than its declared convolution, where
+            learned weights are multiplied with outside of Conv and Linear modules, or where the copy computes other
+            outputs.
     """
     network = _copy(model)
     name = type(model).__name__
     with torch.no_grad():
+        network = as_logits(network, example)
         expected = network(example)
         for layer, plain in _rewritten(network, example, name).items():
-            _replace(network, layer, plain)
+            network = _replaced(network, layer, plain)
     for layer, norm in _foldable(network, example, name):
-        _replace(network, layer, fuse_conv_bn_eval(layer, norm))  # which does for Linear too
-        _replace(network, norm, _after(norm).eval())
+        network = _replaced(network, layer, fuse_conv_bn_eval(layer, norm))  # which does for Linear too
+        network = _replaced(network, norm, _after(norm).eval())
     network.requires_grad_(False)
     with torch.no_grad():
         found = network(example)
@@ -81,27 +89,50 @@ def same(found: Tensor, expected: Tensor) -> bool:
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    model = unwrapped(model)
+    name = type(model).__name__
+    refuse_training(model)
     scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
     if scripted:
         raise UserError(
-            f"model={type(model).__name__}: module {scripted[0] or 'the network itself'} is compiled by TorchScript, "
-            "which hides its layers: give the Python module it was made from"
+            f"model={name}: module {scripted[0] or 'the network itself'} is compiled by TorchScript, which hides its "
+            "layers: give the Python module it was made from"
         )
-    try:
-        network = copy.deepcopy(model)
-    except RuntimeError as error:  # tensors that are part of an autograd graph, as old-style weight norm leaves
+    if lazy := without_weights(model):
         raise UserError(
-            f"model={type(model).__name__} cannot be copied ({str(error).splitlines()[0]}): remove what computes its "
-            "weights, for example by torch.nn.utils.remove_weight_norm"
+            f"model={name}: module {lazy} has no weights before it meets its first input, and those would be random: run "
+            "the network on an image once, and train it or load its weights"
+        )
+    # Weights that pruning, weight norm and spectral norm compute in hooks are part of an autograd graph, and computed
+    # anew in each forward pass: what they are now is enough of a copy.
+    computed = {
+        id(tensor): tensor.detach().clone()
+        for module in model.modules()
+        for tensor in vars(module).values()
+        if isinstance(tensor, Tensor) and not tensor.is_leaf
+    }
+    try:
+        network = copy.deepcopy(model, computed)
+    except RuntimeError as error:  # other tensors that are part of an autograd graph
+        raise UserError(
+            f"model={name} cannot be copied ({str(error).splitlines()[0]}): take away the tensors that it keeps of a "
+            "forward pass"
         ) from error
+    for module in list(network.modules()):
+        network = _replaced(network, module, unwrapped(module))
     return network.eval().requires_grad_(False)
 
 
-def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts ``new`` wherever ``old`` is registered: a module may go by several names."""
+def _replaced(network: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """The network with ``new`` wherever ``old`` is registered: a module may go by several names."""
+    if old is new:
+        return network
+    if old is network:
+        return new
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if module is old:
             network.set_submodule(name, new)
+    return network
 
 
 # --- layers whose weight and geometry are not what they declare ---
@@ -125,7 +156,7 @@ def _rewritten(network: nn.Module, example: Tensor, model: str) -> dict[Any, Lay
             raise refuse("is called without a batch dimension")
         if layer not in found:
             hooked = layer._forward_pre_hooks or "weight" not in layer._parameters
-            if not hooked and _declares(layer, x, output):
+            if not hooked and _declares(layer, x, output) and _at_other_sizes(layer, layer, x):
                 return
             plain = _plain(layer, x)
             if plain is None:
@@ -156,6 +187,22 @@ def _declares(layer: Layer, x: Tensor, output: Tensor) -> bool:
         return same(declared(layer, x), output)
     except RuntimeError:  # an input too small for the kernel, where the layer pads more than it says
         return False
+
+
+def _at_other_sizes(declaring: Layer, layer: Layer, x: Tensor) -> bool:
+    """Whether what ``declaring`` says also holds of ``layer`` for inputs smaller than ``x``, whatever is left over of a
+    stride; of layers with a forward of their own, which may pad by the size of what they are given."""
+    if isinstance(layer, nn.Linear) or type(layer).forward is _base(layer).forward:
+        return True
+    for less in range(1, max(layer.stride)):
+        smaller = x[(..., *(slice(max(1, size - less)) for size in x.shape[2:]))]
+        try:
+            output = layer.forward(smaller)
+        except RuntimeError:  # too small for it
+            continue
+        if not _declares(declaring, smaller, output):
+            return False
+    return True
 
 
 def declared(layer: Layer, x: Tensor) -> Tensor:
@@ -195,7 +242,11 @@ def _plain(layer: Layer, x: Tensor) -> Layer | None:
             }
             settings["bias"] = bias is not None
             extra = [b - a for a, b in zip(x.shape[2:], call["input"].shape[2:], strict=True)]
-            if isinstance(layer, nn.Conv2d) and any(extra) and not geometry_of(layer).pads:
+            if (
+                isinstance(layer, nn.Conv2d)
+                and not geometry_of(layer).pads
+                and type(layer).forward is not nn.Conv2d.forward
+            ):
                 plain = PaddedConv2d(**settings, margins=tuple((e // 2, e - e // 2) for e in extra))
             else:
                 plain = _base(layer)(**settings, padding=layer.padding, padding_mode=layer.padding_mode)
@@ -204,6 +255,10 @@ def _plain(layer: Layer, x: Tensor) -> Layer | None:
     plain.weight = nn.Parameter(weight.detach().clone())
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().clone())
+    if isinstance(plain, PaddedConv2d) and not _at_other_sizes(plain, layer, x):
+        plain.same = True
+        if not _at_other_sizes(plain, layer, x):
+            plain.same, plain.only = False, tuple(x.shape[2:])
     return plain.eval().requires_grad_(False)
 
 

@@ -16,22 +16,46 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pattern_bench.errors import UserError
+
 Margins = tuple[tuple[int, int], ...]
 
 
 class PaddedConv2d(nn.Conv2d):
-    """Conv2d that pads ``margins`` zeros, (before, after) per spatial dimension: TensorFlow's "same" padding of a
-    strided layer, for one size of image. The other arguments are those of Conv2d, without its padding."""
+    """Conv2d that pads zeros of its own: ``margins``, (before, after) per spatial dimension, or TensorFlow's "same".
 
-    def __init__(self, *arguments: Any, margins: Margins, **settings: Any) -> None:
+    Args:
+        arguments, settings: those of Conv2d, without its padding.
+        margins: for inputs of one size, or of all sizes.
+        same: whether the margins are those that TensorFlow's "same" takes for the size of each input.
+        only: (H, W), the size that ``margins`` are known for; None for all sizes.
+
+    Raises:
+        UserError: in a forward pass, for an input of another size than ``only``.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        margins: Margins,
+        same: bool = False,
+        only: tuple[int, ...] | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(*arguments, **settings)
-        self.margins = margins
+        self.margins, self.same, self.only = margins, same, only
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.only is not None and tuple(x.shape[2:]) != self.only:
+            raise UserError(
+                f"a layer that pads by a rule of its own was written out for inputs of {self.only[0]}×{self.only[1]}, and "
+                f"meets one of {x.shape[2]}×{x.shape[3]}: give images of one size"
+            )
         return super().forward(pad(x, geometry_of(self)))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, margins={self.margins}"
+        how = "same" if self.same else self.margins
+        return f"{super().extra_repr()}, margins={how}"
 
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
@@ -40,7 +64,8 @@ LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a layer cuts its input into patches. ``padding`` holds (before, after) per spatial dimension."""
+    """How a layer cuts its input into patches. ``padding`` holds (before, after) per spatial dimension; with ``same`` it
+    depends on the input's size, see :meth:`padding_of`."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -48,19 +73,30 @@ class Geometry:
     padding: tuple[tuple[int, int], ...]
     padding_mode: str
     groups: int
+    same: bool = False
 
     @property
     def pads(self) -> bool:
-        return any(before or after for before, after in self.padding)
+        return self.same or any(before or after for before, after in self.padding)
+
+    def padding_of(self, spatial: tuple[int, ...]) -> Margins:
+        """The padding of an input of this size: TensorFlow's "same" makes as many outputs as there are strides."""
+        if not self.same:
+            return self.padding
+        total = [
+            max(0, (-(-size // s) - 1) * s + d * (k - 1) + 1 - size)
+            for size, k, s, d in zip(spatial, self.kernel, self.stride, self.dilation, strict=True)
+        ]
+        return tuple((t // 2, t - t // 2) for t in total)
 
     def unpadded(self) -> Geometry:
         """The same for an input whose padding is written out."""
-        return replace(self, padding=tuple((0, 0) for _ in self.padding), padding_mode="zeros")
+        return replace(self, padding=tuple((0, 0) for _ in self.padding), padding_mode="zeros", same=False)
 
     @property
     def pads_as_convolutions_do(self) -> bool:
         """Whether torch's convolutions take this padding as a number: zeros, as many before as after."""
-        return self.padding_mode == "zeros" and all(before == after for before, after in self.padding)
+        return self.padding_mode == "zeros" and not self.same and all(before == after for before, after in self.padding)
 
     def output_size(self, padded: tuple[int, ...]) -> tuple[int, ...]:
         """Output positions per spatial dimension for an input that is padded already."""
@@ -91,6 +127,7 @@ def geometry_of(layer: Layer) -> Geometry:
         padding,
         layer.padding_mode,
         layer.groups,
+        isinstance(layer, PaddedConv2d) and layer.same,
     )
 
 
@@ -107,7 +144,7 @@ def pad(x: Tensor, geometry: Geometry) -> Tensor:
     """The input with its padding written out, (B, C, padded spatial...)."""
     if not geometry.pads:
         return x
-    flat = list(itertools.chain.from_iterable(reversed(geometry.padding)))
+    flat = list(itertools.chain.from_iterable(reversed(geometry.padding_of(tuple(x.shape[2:])))))
     mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
     return F.pad(x, flat, mode=mode)
 

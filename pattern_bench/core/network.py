@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from pattern_bench.core.layers import LAYER_TYPES
 from pattern_bench.errors import UserError, did_you_mean
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given, or the module itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def without_weights(model: nn.Module) -> str | None:
+    """The first module that has no weights until it meets an input, as torch's lazy ones; None where all have."""
+    for name, module in model.named_modules():
+        own = itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
+        if any(isinstance(tensor, UninitializedTensorMixin) for tensor in own):
+            return name or "the network itself"
+    return None
+
+
+def in_training(model: nn.Module) -> str | None:
+    """The first module that is in training mode; None where all are in evaluation mode."""
+    return next((name or "at the root" for name, module in model.named_modules() if module.training), None)
+
+
+def refuse_training(model: nn.Module) -> None:
+    """
+    Raises:
+        UserError: where a module is in training mode.
+    """
+    if where := in_training(model):
+        raise UserError(
+            f"model={type(model).__name__} is in training mode (module {where}), in which its outputs are random or depend "
+            "on their batch: call model.eval() first"
+        )
 
 
 def layers_in_order(model: nn.Module, example: Tensor) -> list[str]:
@@ -44,7 +77,8 @@ def select_layers(names: Sequence[str], wanted: str | Sequence[str]) -> list[str
     asked = [wanted] if isinstance(wanted, str) else list(wanted)
     chosen: set[str] = set()
     for pattern in asked:
-        found = list(names) if pattern == "all" else fnmatch.filter(names, pattern)
+        # A name may hold what a glob would read otherwise.
+        found = list(names) if pattern == "all" else [pattern] if pattern in names else fnmatch.filter(names, pattern)
         if not found:
             raise UserError(f"layer={pattern} matches no layer of the model: {did_you_mean(pattern, names)}")
         chosen.update(found)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.memory import is_out_of_memory
+from pattern_bench.core.network import in_training
 from pattern_bench.errors import UserError
 
 
@@ -149,9 +150,7 @@ class Method:
     # --- checks ---
 
     def _check_model(self) -> None:
-        training = [name for name, module in self.model.named_modules() if module.training]
-        if training:
-            where = training[0] or "at the root"
+        if where := in_training(self.model):
             raise UserError(
                 f"{self.name}: {type(self.model).__name__} is in training mode (module {where}): call "
                 "model.eval() first"

@@ -7,6 +7,8 @@ gradient.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -116,7 +118,18 @@ class _PatternMethod(_Layerwise):
         raise NotImplementedError
 
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
-        return self._back(x, target, from_output=True, last_layer=self.last_layer)
+        found = self._back(x, target, from_output=True, last_layer=self.last_layer)
+        return found if found.isfinite().all() or x.dtype == torch.float64 else self._in_float64(x.detach(), target)
+
+    def _in_float64(self, x: Tensor, target: Tensor | None) -> Tensor:
+        """The explanation where the network's own precision does not hold what is propagated on the way; smaller by a
+        power of two where it does not hold the result either."""
+        exact = copy.copy(self)
+        exact.model = copy.deepcopy(self.model).double()
+        exact.weights = {name: None if weight is None else weight.double() for name, weight in self.weights.items()}
+        found = exact._back(x.double(), target, from_output=True, last_layer=self.last_layer)
+        beyond = (found.flatten(1).abs().amax(1).log2() - math.log2(torch.finfo(x.dtype).max)).ceil().clamp(min=0)
+        return (found * torch.exp2(-beyond).view(-1, *[1] * (x.ndim - 1))).to(x)
 
 
 class PatternNet(_PatternMethod):

@@ -11,6 +11,7 @@ import torch
 from captum.attr import Occlusion as CaptumOcclusion
 from torch import Tensor, nn
 
+from pattern_bench.core.outputs import probabilities
 from pattern_bench.errors import UserError
 from pattern_bench.methods.base import Method
 
@@ -238,9 +239,8 @@ class PredictionDifference(_Windowed):
             count[box] += 1
         return total / count
 
-    @staticmethod
-    def _probability(logits: Tensor, target: int) -> Tensor:
-        return logits.double().softmax(1)[:, target]
+    def _probability(self, logits: Tensor, target: int) -> Tensor:
+        return probabilities(self.model, logits.double())[:, target]
 
     def _log_odds(self, probability: Tensor, outputs: int) -> Tensor:
         corrected = (probability * self.training_images + 1) / (self.training_images + outputs)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pattern_bench.core.network import without_weights
 from pattern_bench.errors import UserError
 
 
@@ -37,12 +38,21 @@ class ModelSource:
             random initialisation.
         training: the settings of :class:`Training`, or None.
         classifier: whether the outputs are logits of classes; without it nothing is explained or degraded.
+        output: which of several outputs are the logits, a key or an index; None for the only one.
     """
 
     def __init__(
-        self, *, name: str, weights: str | None, training: Mapping[str, Any] | None, classifier: bool = True
+        self,
+        *,
+        name: str,
+        weights: str | None,
+        training: Mapping[str, Any] | None,
+        classifier: bool = True,
+        output: str | int | None = None,
     ) -> None:
-        self.name, self.weights, self.classifier = name, weights, classifier
+        self.name, self.weights, self.classifier, self.output = name, weights, classifier, output
+        if isinstance(output, bool) or not isinstance(output, str | int | None):
+            raise UserError(f"model.output={output} is not possible: give the key or the index of an output, or null")
         self.training = None if training is None or weights is not None else Training(**training)
 
     def module(self, sample: Tensor, classes: int | None) -> nn.Module:
@@ -61,6 +71,9 @@ class ModelSource:
             UserError: where the weights cannot be read or do not fit.
         """
         model = self.module(sample, classes)
+        if without_weights(model):
+            with torch.no_grad():
+                model.eval()(sample[None])
         if self.weights is not None:
             load_weights(model, read_weights(self.weights), f"model.weights={self.weights}", self.name)
         return model

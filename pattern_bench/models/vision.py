@@ -51,6 +51,8 @@ class TorchvisionModel(ModelSource):
 
     def module(self, sample: Tensor, classes: int | None) -> nn.Module:
         extra = _WITH_WEIGHTS.get(self.architecture, {}) if self.weights is not None else {}
+        if self.architecture in _WITH_WEIGHTS and self.training is not None:
+            extra = {"aux_logits": False}  # which need images of the size that the network was designed for
         # Weights that come from elsewhere need no initialisation, which takes seconds for the large models.
         with torch.device("meta" if self.weights is not None else "cpu"):
             model = models.get_model(self.architecture, weights=None, **extra, **self.outputs(classes))
