@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,11 +15,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pattern_bench import go_on, stopping
 from pattern_bench.config import check_complete
 from pattern_bench.errors import UserError
-from pattern_bench.launch import Job, cannot_use, launch, number_from_outside
+from pattern_bench.launch import Job, cannot_use, end_with_the_launcher, launch, number_from_outside
 from pattern_bench.launchers import message_for, one_job
 from pattern_bench.resuming import folder_of, quoted, resumed_overrides
+from pattern_bench.telling import tells
 
 HERE = Path(__file__).parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
@@ -90,32 +93,39 @@ def check_sweep(given: list[str], module: str) -> None:
 
 def command_line(command: Callable[[], None], module: str = "pattern_bench") -> None:
     """Runs a Hydra command, which ``python -m MODULE`` started. A mistake of the user's gets a message and exit code 1,
-    anything else a traceback."""
+    a signal a line that says how to go on, anything else a traceback."""
     # On a full disk, a line that has no room in the log file is not to be a traceback.
     logging.raiseExceptions = False
     # Hydra's own handler would show a traceback for every exception that is not its own.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     # hydra/launcher=ray would report to Ray's makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    outside = number_from_outside()
+    if outside is not None:
+        end_with_the_launcher()
+    given = sys.argv[1:]
     try:
-        check_sweep(sys.argv[1:], module)
-        sys.argv[1:] = arguments(sys.argv[1:], module)
-        command()
+        with stopping.obeyed(lambda number: go_on.tell(number, module, given), launched=outside is not None):
+            check_sweep(given, module)
+            sys.argv[1:] = arguments(given, module)
+            command()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         # Hydra keeps what was wrong in the cause of some of its errors; ours say it themselves.
         causes = (error,) if isinstance(error, UserError) else (error, error.__cause__)
         # What a loader's worker raised arrives with its traceback as text.
         messages = [str(e).rpartition("errors.UserError: ")[2].strip() for e in causes if e is not None]
         messages = [message for message in messages if message]
-        sys.exit("error: " + "\n".join(dict.fromkeys(messages)))
+        _fail("\n".join(dict.fromkeys(messages)))
     except OSError as error:
-        sys.exit(f"error: {cannot_use(error)}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+        _fail(cannot_use(error))
     except Exception as error:
         if (message := message_for(error)) is None:
             raise
-        sys.exit(f"error: {message}")
+        _fail(message)
+
+
+def _fail(message: str) -> NoReturn:
+    sys.exit(f"error: {message}" if tells() else 1)
 
 
 def main() -> None:

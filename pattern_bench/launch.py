@@ -8,11 +8,13 @@ torchrun, or Slurm's srun.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import logging.config
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -23,10 +25,13 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from pattern_bench import stopping
 from pattern_bench.errors import UserError
 
 Job = Callable[[DictConfig, Path], Any]
 SECONDS_TO_CLOSE = 5
+TAKEN = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+"""Signals that PyTorch's launcher takes for itself."""
 _threads_alone: int | None = None
 
 
@@ -38,6 +43,12 @@ def number_from_outside() -> tuple[int, int] | None:
             if size > 1:
                 return int(os.environ[number]), size
     return None
+
+
+def end_with_the_launcher() -> None:
+    """Asks the kernel for SIGTERM when torchrun or srun dies: none of the job's processes is to outlive it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def processes_per_node(trainer: Mapping[str, Any]) -> int:
@@ -109,6 +120,8 @@ def _start(count: int, job: Job, config: Any, folder: Path, log_config: Any) -> 
             1, 1, count, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
             local_addr="127.0.0.1", max_restarts=0, shutdown_timeout=SECONDS_TO_CLOSE,
             logs_specs=DefaultLogsSpecs(notes),
+            # Those that this process obeys itself end the launcher in its midst, and it then ends the others.
+            signals_to_handle=",".join(name for name in TAKEN if not stopping.obeys(getattr(signal, name))),
         )  # fmt: skip
         try:
             with _as_before(), _one_thread_each(), _interrupts_for_the_parent():
@@ -124,6 +137,8 @@ def _start(count: int, job: Job, config: Any, folder: Path, log_config: Any) -> 
                 if message.startswith("UserError: "):
                     raise UserError(message.removeprefix("UserError: ")) from None
             number, failure = error.get_first_failure()
+            if failure.exitcode - 128 in stopping.OBEYED:  # sent to that process alone
+                raise stopping.Stopped(failure.exitcode - 128) from None
             # A text where a signal ended the process; else what ``record`` wrote.
             told: Any = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
             trace = told.get("extraInfo", {}).get("py_callstack", told["message"])
@@ -143,21 +158,21 @@ def _process(job: Job, config: Any, folder: str, log_config: Any, parent: int, t
     global _threads_alone
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    # The parent alone answers to the user and to a cluster's scheduler. Where it dies, this process gets SIGINT; where
-    # it died before that was arranged, this process is an orphan already.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    if os.getppid() != parent:
-        raise SystemExit(1)
     _threads_alone = threads
     logging.raiseExceptions = False  # as in the parent
-    for name in ("SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if os.environ["RANK"] != "0":
-        logging.disable(logging.CRITICAL)
-    elif log_config is not None:
-        logging.config.dictConfig(log_config)
-    record(_reporting(job))(OmegaConf.create(config), Path(folder))
+    # The parent alone answers to the user and to a cluster's scheduler. Where it dies, this process gets SIGINT; where
+    # it died before that was arranged, this process is an orphan already.
+    with stopping.obeyed(lambda _: None, launched=True):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        if os.getppid() != parent:
+            raise SystemExit(1)
+        for name in ("SIGUSR1", "SIGUSR2"):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        if os.environ["RANK"] != "0":
+            logging.disable(logging.CRITICAL)
+        elif log_config is not None:
+            logging.config.dictConfig(log_config)
+        record(_reporting(job))(OmegaConf.create(config), Path(folder))
 
 
 def _reporting(job: Job) -> Job:
@@ -185,8 +200,7 @@ def cannot_use(error: OSError, folder: Path | None = None) -> str:
 @contextlib.contextmanager
 def _as_before() -> Iterator[None]:
     """Gives the signals that the launcher takes for itself back to who had them: a sweep goes on."""
-    taken = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    handlers = {number: signal.getsignal(number) for number in taken}
+    handlers = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in TAKEN)}
     try:
         yield
     finally:

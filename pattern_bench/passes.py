@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from pattern_bench import ranks
+from pattern_bench import ranks, stopping
 from pattern_bench.core.memory import fits
 from pattern_bench.data.splits import Batch, Split
 from pattern_bench.partial import Partial
@@ -38,6 +38,9 @@ class _Keeping(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
         self.images += len(batch.positions) + len(batch.unreadable)
+        if stopping.asked():
+            self.partial.save(self.stream.state(), self.images)
+            stopping.obey()
         self.partial.save_now_and_then(self.stream.state, self.images)
 
 
@@ -67,7 +70,9 @@ def stream_over(
     bar.add_images(len(positions), done)
     # Methods that explain need autograd.
     trainer = setup.trainer(bar, _Keeping(stream, partial, done), inference_mode=False)
-    if not fits(lambda: trainer.predict(stream, loader, return_predictions=False)):
+    with stopping.looking():
+        enough = fits(lambda: trainer.predict(stream, loader, return_predictions=False))
+    if not enough:
         raise stream.too_small("what this stage keeps")
     if not len(positions[done:]):
         # Lightning passes over an empty loader without a word to the module.

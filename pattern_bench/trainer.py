@@ -40,7 +40,7 @@ def make_trainer(settings: DictConfig, callbacks: list[pl.Callback], **more: Any
     if number_from_outside() is not None:
         own["strategy"] = DDPStrategy(timeout=LONGEST_WAIT)
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **{**given, **own, **more},
             callbacks=callbacks,
             logger=False,
@@ -54,6 +54,9 @@ def make_trainer(settings: DictConfig, callbacks: list[pl.Callback], **more: Any
         raise UserError(
             f"{asked} is not possible here ({str(error).splitlines()[0]}): choose another trainer"
         ) from error
+    # Its loops would take SIGTERM for themselves, and go on to the end of a stage or of the job.
+    vars(trainer._signal_connector)["register_signal_handlers"] = lambda: None
+    return trainer
 
 
 class _WholeCheckpoints(TorchCheckpointIO):
