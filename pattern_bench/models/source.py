@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,18 @@ from torch import Tensor, nn
 
 from pattern_bench.core.network import without_weights
 from pattern_bench.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What trainers call the network's state dict in a checkpoint, the first that is there is taken; then averages of it.
+_STATES = (
+    "state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "model_state",
+    "ema", "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "params_ema",
+)  # fmt: skip
+# What wraps a module, anywhere in a network: torch.compile, DataParallel and DDP, FSDP, activation checkpointing.
+_WRAPPERS = frozenset(("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+_COUNTERS = ("num_batches_tracked", "n_averaged")
+"""Of batch norm and of averaged weights: of no use in evaluation, and not in every file."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +103,11 @@ def names_a_file(weights: str) -> bool:
 
 
 def read_weights(file: str) -> dict[str, Tensor]:
-    """Tensors by name, from a safetensors file or a state dict; nothing is unpickled but tensors.
+    """Tensors by name, from a safetensors file, a state dict, or the state dict in a trainer's checkpoint; nothing is
+    unpickled but tensors.
 
     Raises:
-        UserError: where the file is missing or is neither.
+        UserError: where the file is missing or is none of these.
     """
     path = Path(file).expanduser()
     if not path.is_file():
@@ -102,22 +117,58 @@ def read_weights(file: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         _check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of kinds of tensors, which load_weights judges
+            state = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file fails wherever in safetensors, pickle, zip or torch its damage is met first.
     except Exception as error:
         raise UserError(
-            f"model.weights={file} cannot be read as {kind}"
-            f" ({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
+            f"model.weights={file} cannot be read as {kind} ({_why(path, error)}): "
             "save it again with safetensors.torch.save_file(model.state_dict(), ...)"
         ) from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(
-        isinstance(key, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
-        for key, tensor in state.items()
-    ):
+    found = list(_state_dicts(state, ""))
+    if not found:
         raise UserError(f"model.weights={file} holds no state dict: save model.state_dict() and nothing else")
-    return dict(state)
+    name, chosen = found[0]
+    if len(found) > 1:
+        others = ", ".join(other for other, _ in found[1:])
+        log.info(
+            "model.weights=%s: %s of the checkpoint is used; %s is left", file, name, others
+        )
+    return chosen
+
+
+def _why(path: Path, error: Exception) -> str:
+    """In one line, without torch's advice to run what the file says."""
+    if "TorchScript" in str(error):
+        return "a TorchScript program"
+    try:
+        objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # no archive, or damaged
+        objects = []
+    if objects:
+        return (
+            f"besides tensors it holds {_some(sorted(objects))}: a whole pickled model, or a checkpoint with objects "
+            "in it, and reading those could run code"
+        )
+    text = str(error).partition("\n")[0] or type(error).__name__
+    return "reading it could run code" if text.startswith("Weights only load failed") else text
+
+
+def _state_dicts(node: Any, name: str, depth: int = 3) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The state dicts in what a file holds, the likeliest first, with what they are called there."""
+    if not isinstance(node, Mapping) or not node or not all(isinstance(key, str) for key in node):
+        return
+    if all(isinstance(value, Tensor) for value in node.values()):
+        yield name, dict(node)
+    elif depth:
+        known = [key for key in _STATES if key in node]
+        # By another name only where there is but one.
+        for group in (known, [key for key in node if key not in known]):
+            found = [state for key in group for state in _state_dicts(node[key], f"{name}.{key}".lstrip("."), depth - 1)]
+            if group is known or len(found) == 1:
+                yield from found
+            if found:
+                return
 
 
 def _check_archive(path: Path) -> None:
@@ -131,21 +182,52 @@ def _check_archive(path: Path) -> None:
             raise ValueError("it unpacks to more than its own size")
 
 
+def unwrapped(model: nn.Module, weights: Mapping[str, Tensor], setting: str) -> dict[str, Tensor]:
+    """``weights`` by the names that ``model`` has for them: without what trainers and wrappers put before and between
+    them, where the rest then has every weight of the model. Otherwise as they are. What is taken off is said."""
+    needed = [key for key in model.state_dict() if not key.endswith(_COUNTERS)]
+    if not needed or all(key in weights for key in needed):
+        return dict(weights)
+    plain = {key: _bare(key) for key in weights}
+    own = {_bare(key): key for key in model.state_dict()}
+    first = _bare(needed[0])
+    prefixes = {name.removesuffix(first) for name in plain.values() if f".{name}".endswith(f".{first}")}
+    fits = [prefix for prefix in prefixes if all(prefix + _bare(key) in plain.values() for key in needed)]
+    if len(fits) != 1 or len(set(plain.values())) < len(plain) or len(own) < len(model.state_dict()):
+        return dict(weights)
+    (prefix,) = fits
+    found, taken_off = {}, set[str]()
+    for key, name in plain.items():
+        below = name.removeprefix(prefix)
+        found[own.get(below, below) if name.startswith(prefix) else key] = weights[key]
+        taken_off |= {part for part in key.split(".") if part in _WRAPPERS}
+    off = " and ".join([*([f"the prefix {prefix}"] if prefix else []), *sorted(taken_off)])
+    log.info("%s: %s is taken off the names of the weights", setting, off or "nothing")
+    return found
+
+
+def _bare(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], setting: str, name: str) -> None:
-    """Copies ``weights`` into ``model`` in the model's precision.
+    """Copies ``weights`` into ``model`` in the model's precision, whatever trainers put before their names (see
+    :func:`unwrapped`).
 
     Raises:
-        UserError: naming the keys that are missing, too many, or of another shape.
+        UserError: naming the keys that are missing, too many, of another shape, or not in floating point.
     """
+    weights = unwrapped(model, weights, setting)
     own = model.state_dict()
-    # The batch counter of batch norm has no use in evaluation, and older files lack it.
-    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
-    extra = [key for key in weights if key not in own]
+    missing = [key for key in own if key not in weights and not key.endswith(_COUNTERS)]
+    extra = [key for key in weights if key not in own and not key.endswith(_COUNTERS)]
+    both = [key for key in own if key in weights]
     shapes = [
         f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
+        for key in both
+        if weights[key].shape != own[key].shape
     ]
+    kinds = [f"{key} ({kind})" for key in both if (kind := _unlike(weights[key], own[key])) is not None]
     problems = [
         f"{what} {_some(keys)}"
         for what, keys in (("missing", missing), ("not in the model", extra), ("of another shape", shapes))
@@ -153,7 +235,26 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], setting: str, 
     ]
     if problems:
         raise UserError(f"{setting} does not fit model={name}: {'; '.join(problems)}. Choose the model they belong to.")
-    model.load_state_dict(weights, strict=False)
+    if kinds:
+        raise UserError(
+            f"{setting} has weights that are no plain real numbers in floating point: {_some(kinds)}. Give the weights "
+            "from before they were quantised or packed, or turn them back and save them again"
+        )
+    model.load_state_dict({key: weights[key] for key in both}, strict=False)
+
+
+def _unlike(weight: Tensor, own: Tensor) -> str | None:
+    """Why a weight's values are not those of the network's tensor; None where copying them is all there is to do."""
+    if weight.is_quantized:
+        return "quantised"
+    if weight.layout is not torch.strided:
+        return "sparse"
+    if weight.is_meta:
+        return "without values"
+    real = weight.is_floating_point() or (weight.is_complex() and own.is_complex())
+    if (own.is_floating_point() or own.is_complex()) and not real:
+        return str(weight.dtype).removeprefix("torch.")
+    return None
 
 
 def _some(keys: list[str], most: int = 4) -> str:

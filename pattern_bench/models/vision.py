@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from pattern_bench.errors import UserError, did_you_mean
-from pattern_bench.models.source import ModelSource, load_weights, names_a_file, read_weights
+from pattern_bench.models.source import ModelSource, load_weights, names_a_file, read_weights, unwrapped
 
 # What torchvision's own builders set, besides the weights, when they are given weights.
 _WITH_WEIGHTS: dict[str, dict[str, Any]] = {
@@ -70,6 +70,7 @@ class TorchvisionModel(ModelSource):
         if self.weights is None:
             return model
         state = read_weights(self.weights) if self.is_file else self._download()
+        state = unwrapped(model, state, f"model.weights={self.weights}")
         if self.part is not None:
             state = {key: tensor for key, tensor in state.items() if key.startswith(f"{self.part}.")}
         if self.architecture in _WITH_WEIGHTS:
