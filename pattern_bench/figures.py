@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import matplotlib
 
@@ -17,6 +19,7 @@ from matplotlib import pyplot as plt
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from pattern_bench.names import plain
 from pattern_bench.results import of_same_neurons, ordered, standard_errors
@@ -37,11 +40,49 @@ HEAT = "seismic"
 LABELS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
 
 
+RHO = r"$\rho(S)$"
+_FORMULAS = re.compile("(" + "|".join(re.escape(text) for text in [*LABELS.values(), RHO] if "$" in text) + ")")
+MOST_LETTERS = 160
+"""Of a line of text: more would make the figure wider than what it shows."""
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def as_written(draw: Callable[P, R]) -> Callable[P, R]:
+    """Within ``draw`` all text is drawn as it is, whatever names are made of: Matplotlib would read a formula wherever
+    it finds two ``$``. Only the formulas of :data:`LABELS` and :data:`RHO` are drawn as such, by ``_save``."""
+
+    @functools.wraps(draw)
+    def drawn(*given: P.args, **named: P.kwargs) -> R:
+        with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
+            return draw(*given, **named)
+
+    return drawn
+
+
 def _save(figure: Figure, path: Path, dpi: int = DPI) -> None:
+    for text in figure.findobj(Text):
+        said = "\n".join(_shortened(line) for line in text.get_text().split("\n"))
+        parts = _FORMULAS.split(said)
+        if len(parts) > 1:  # every second one is a formula
+            said = "".join(part if place % 2 else part.replace("$", r"\$") for place, part in enumerate(parts))
+            text.set_parse_math(True)
+        if said != text.get_text():
+            text.set_text(said)
     write_file(path, lambda file: figure.savefig(file, dpi=dpi, bbox_inches="tight"))
     plt.close(figure)
 
 
+def _shortened(line: str) -> str:
+    half = MOST_LETTERS // 2
+    return line if len(line) <= MOST_LETTERS else f"{line[:half]}…{line[-half:]}"
+
+
+def _legend(label: str) -> str:
+    """A label that Matplotlib shows: one that begins with ``_`` it takes for its own."""
+    return f" {label}" if label.startswith("_") else label
+
+
+@as_written
 def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Sequence[tuple[str, ...]] = ()) -> bool:
     """Fig. 3: rho per layer and estimator; points are medians over the neurons that are live under all estimators of
     the layer, bars reach from quartile to quartile, and black caps one standard error of the median (over all live
@@ -82,7 +123,7 @@ def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Se
             places = [order.index(layer) + shift for layer in own.layer]
             axis.errorbar(
                 places, own[0.5], yerr=[own[0.5] - own[0.25], own[0.75] - own[0.5]], color=colours[name], fmt="o",
-                markersize=5, elinewidth=1.6, label=LABELS.get(name, name),
+                markersize=5, elinewidth=1.6, label=_legend(LABELS.get(name, name)),
             )  # fmt: skip
             caps = [float(errors.get((layer, name), np.nan)) for layer in own.layer]
             if np.isfinite(caps).any():
@@ -92,7 +133,7 @@ def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Se
                 axis.text(order.index(layer) + shift, 0.01, "missing", rotation=90, ha="center", va="bottom",
                           fontsize=6, color=colours[name])  # fmt: skip
         by = "" if probe == "closed_form" else f", probe {probe}"
-        axis.set(title=f"{model} on {data}, criterion {criterion}{by}", xlabel="layer", ylabel=r"$\rho(S)$")
+        axis.set(title=f"{model} on {data}, criterion {criterion}{by}", xlabel="layer", ylabel=RHO)
         axis.grid(visible=False, axis="x")
         axis.set_xticks(range(len(order)), order)
         axis.tick_params(axis="x", labelrotation=90 if len(order) > 8 else 30)
@@ -105,6 +146,7 @@ def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Se
     return True
 
 
+@as_written
 def draw_degradation(degradation: pd.DataFrame, path: Path, missing: Sequence[tuple[str, ...]] = ()) -> bool:
     """Fig. 4a: mean probability of the class first predicted against the number of replaced patches.
 
@@ -122,7 +164,8 @@ def draw_degradation(degradation: pd.DataFrame, path: Path, missing: Sequence[tu
         curves = {(str(name), str(method)): curve for (name, method), curve in table.groupby(["estimator", "method"])}
         lacking = [(name, method) for *panel, name, method in missing if panel == [model, data]]
         for (name, method), style in (styles := curve_styles([*curves, *lacking])).items():
-            label, colour = curve_label(name, method, styles, LABELS.get(name, name)), legible(style.colour)
+            label = _legend(curve_label(name, method, styles, LABELS.get(name, name)))
+            colour = legible(style.colour)
             dashes = (0, style.dashes) if style.dashes else "-"
             if (name, method) not in curves:
                 axis.plot([], label=f"{label} (missing)", color=colour, linestyle=dashes)
@@ -142,6 +185,7 @@ def draw_degradation(degradation: pd.DataFrame, path: Path, missing: Sequence[tu
     return True
 
 
+@as_written
 def draw_explanations(images: Tensor, columns: Mapping[str, Tensor], captions: list[str], path: Path) -> None:
     """One row per image: the input, then each explanation. Signals are drawn as curves, volumes by the slice in the middle
     of their first spatial dimension.
@@ -176,6 +220,7 @@ class Panel:
     how: str
 
 
+@as_written
 def draw_panels(
     rows: Sequence[Sequence[Panel | None]], labels: Sequence[str], path: Path, percentile: float = 100.0
 ) -> None:
@@ -212,6 +257,7 @@ def draw_panels(
     _save(figure, path, PRINT_DPI)
 
 
+@as_written
 def draw_similarity(table: pd.DataFrame, path: Path, title: str, xlabel: str, ylabels: Mapping[str, str]) -> None:
     """Curves of every method over depth, from the output to the input, a panel per measure; the band is one standard
     deviation over images up and down.
@@ -239,7 +285,7 @@ def draw_similarity(table: pd.DataFrame, path: Path, title: str, xlabel: str, yl
         for i, method in enumerate(methods):
             curve = chosen[chosen.method == method].sort_values("layer_index", ascending=False)
             at = [order.index(layer) for layer in curve.layer]
-            axis.plot(at, curve["mean"], label=plain(method), color=colours[method], linewidth=1.4,
+            axis.plot(at, curve["mean"], label=_legend(plain(method)), color=colours[method], linewidth=1.4,
                       marker=markers[i % len(markers)], markersize=3.5)  # fmt: skip
             axis.fill_between(at, curve["mean"] - curve["std"], curve["mean"] + curve["std"], color=colours[method],
                               alpha=0.1, linewidth=0)  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,37 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (ESTIMATORS.index(name) if name in ESTIMATORS else 99, name))
 
 
+# What a spreadsheet takes for a formula, at the start of a cell; after any apostrophes, so that they can be taken off.
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]inf")
+
+
+def as_cell(name: str) -> str:
+    """``name`` as text for a table that a spreadsheet may open: an apostrophe stands before what would be read as a
+    formula there. :func:`from_cell` takes it off."""
+    return f"'{name}" if _FORMULA.match(name) and not _NUMBER.fullmatch(name) else name
+
+
+def from_cell(text: str) -> str:
+    """The name that :func:`as_cell` wrote as ``text``."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def in_cells(table: pd.DataFrame, written: Callable[[str], str] = as_cell) -> pd.DataFrame:
+    """``table`` with all text, that of its head too, as it is ``written``; numbers stay numbers."""
+    changed = {}
+    for column in table.columns:
+        if not pd.api.types.is_numeric_dtype(table[column]):
+            names = {name: written(name) for name in table[column].unique() if isinstance(name, str)}
+            if names := {name: text for name, text in names.items() if name != text}:
+                changed[column] = [names.get(value, value) if isinstance(value, str) else value
+                                   for value in table[column]]  # fmt: skip
+    return table.assign(**changed).rename(columns=lambda name: written(name) if isinstance(name, str) else name)
+
+
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    write_file(path, lambda file: table.to_csv(file, index=False))
+    """Names that a spreadsheet would read as formulas have an apostrophe before them, see :func:`as_cell`."""
+    write_file(path, lambda file: in_cells(table).to_csv(file, index=False))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -131,9 +131,7 @@ def read_weights(file: str) -> dict[str, Tensor]:
     name, chosen = found[0]
     if len(found) > 1:
         others = ", ".join(other for other, _ in found[1:])
-        log.info(
-            "model.weights=%s: %s of the checkpoint is used; %s is left", file, name, others
-        )
+        log.info("model.weights=%s: %s of the checkpoint is used; %s is left", file, name, others)
     return chosen
 
 
@@ -164,7 +162,9 @@ def _state_dicts(node: Any, name: str, depth: int = 3) -> Iterator[tuple[str, di
         known = [key for key in _STATES if key in node]
         # By another name only where there is but one.
         for group in (known, [key for key in node if key not in known]):
-            found = [state for key in group for state in _state_dicts(node[key], f"{name}.{key}".lstrip("."), depth - 1)]
+            found = [
+                state for key in group for state in _state_dicts(node[key], f"{name}.{key}".lstrip("."), depth - 1)
+            ]
             if group is known or len(found) == 1:
                 yield from found
             if found:

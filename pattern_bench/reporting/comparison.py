@@ -22,7 +22,8 @@ from pattern_bench.reporting.embedding import pictures
 from pattern_bench.reporting.gathering import Gathered
 from pattern_bench.reporting.plots import Value, dots
 from pattern_bench.reporting.sections import missing_tables
-from pattern_bench.results import ordered, write_csv
+from pattern_bench.reporting.tables import in_markdown
+from pattern_bench.results import in_cells, ordered, write_csv
 from pattern_bench.styles import Style, estimator_colours
 from pattern_bench.writing import write_file
 
@@ -59,9 +60,10 @@ def markdown(found: Sequence[Change], settings: Sequence[tuple[str, str, str]]) 
     """The lines of ``compare.md``."""
     rows = pd.DataFrame([line(change) for change in found], columns=COLUMNS)
     lines = ["# What changed from A to B", "", HOW, "", NEURONS, "", INTERVALS, ""]
-    lines += [rows.to_markdown(index=False, disable_numparse=True), "", "## Settings", ""]
+    lines += [in_cells(rows, in_markdown).to_markdown(index=False, disable_numparse=True), "", "## Settings", ""]
     if settings:
-        lines.append(pd.DataFrame(settings, columns=["setting", "A", "B"]).to_markdown(index=False))
+        table = in_cells(pd.DataFrame(settings, columns=["setting", "A", "B"]), in_markdown)
+        lines.append(table.to_markdown(index=False, disable_numparse=True))
     else:
         lines.append("No setting differs.")
     return lines

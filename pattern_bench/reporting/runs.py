@@ -18,7 +18,7 @@ import pandas as pd
 from pattern_bench.errors import UserError
 from pattern_bench.foreign import UNREADABLE, read_json, read_yaml
 from pattern_bench.reporting.sweeps import COMMANDS, kind_of_run, read_overrides
-from pattern_bench.results import BOOTSTRAP_COLUMNS, DEGRADATION_COLUMNS, RHO_COLUMNS
+from pattern_bench.results import BOOTSTRAP_COLUMNS, DEGRADATION_COLUMNS, RHO_COLUMNS, from_cell
 
 TYPES: dict[str, Any] = {
     "layer_index": int, "neuron": int, "rho": float, "dead": bool, "step": int, "probability_mean": float,
@@ -228,16 +228,23 @@ def _table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
         ValueError: where a column is missing or holds what it cannot.
     """
     # Names as categories: of a million rows, a million strings would be most of the time and memory.
-    table = pd.read_csv(file, dtype={column: TYPES.get(column, "category") for column in columns})
+    # A model may be called null, or NA: only a number can be missing.
+    table = pd.read_csv(
+        file, dtype={column: TYPES.get(column, "category") for column in columns}, keep_default_na=False,
+        na_values={column: ["", "nan", "NaN"] for column in TYPES},
+    )  # fmt: skip
     if lacking := [column for column in columns if column not in table.columns]:
         raise ValueError(f"{file.name} lacks columns {lacking}: was it written by another version?")
     for column, kind in TYPES.items():
         if kind is float and column in columns and not (table[column].isna() | table[column].between(-1e9, 1e9)).all():
             raise ValueError(f"{file.name} holds what is no number in column {column}")
-    if named := [column for column in columns if TYPES.get(column) is None and table[column].isna().any()]:
+    if named := [column for column in columns if TYPES.get(column) is None and not (table[column] != "").all()]:
         raise ValueError(f"{file.name} has empty cells in columns {named}")
     if "probability_mean" in columns and table[["probability_mean", "step"]].isna().any(axis=None):
         raise ValueError(f"{file.name} has a step without a probability")
+    for column in columns:
+        if TYPES.get(column) is None:
+            table[column] = table[column].cat.rename_categories(list(map(from_cell, table[column].cat.categories)))
     return table[list(columns)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import pandas as pd
 
 from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, Cell, Conflict, Gathered
 from pattern_bench.reporting.runs import Run
-from pattern_bench.results import of_same_neurons, ordered, standard_errors, write_csv
+from pattern_bench.results import as_cell, in_cells, of_same_neurons, ordered, standard_errors, write_csv
 from pattern_bench.writing import write_file
 
 AREA = "area over the curve"
@@ -225,13 +226,27 @@ def missing_table(found: Gathered) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(MISSING_COLUMNS))
 
 
+def in_markdown(text: str) -> str:
+    """As a cell of a Markdown table that says just this."""
+    return re.sub(r"([|<])", r"\\\1", _in_one_line(text))
+
+
+def _in_one_line(text: str) -> str:
+    return as_cell(" ".join(text.split()))
+
+
 def write_table(table: pd.DataFrame, stem: Path, shown: pd.DataFrame | None = None) -> None:
     """CSV, Markdown and LaTeX; the latter two rounded to four places, and of ``shown`` where it is given."""
     write_csv(stem.with_suffix(".csv"), table)
     shown = table if shown is None else shown
     rounded = shown.map(lambda value: f"{value:.4f}" if isinstance(value, float) and value == value else value)
     rounded = rounded.astype(object).where(shown.notna(), "–")
-    markdown = rounded.to_markdown(index=False, disable_numparse=True)
+    markdown = in_cells(rounded, in_markdown).to_markdown(index=False, disable_numparse=True)
     write_file(stem.with_suffix(".md"), lambda file: file.write_text(markdown + "\n"))
-    latex = rounded.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+    latex = (
+        in_cells(rounded, _in_one_line)
+        .style.hide(axis="index")
+        .format(escape="latex")
+        .format_index(escape="latex", axis=1)
+    )
     write_file(stem.with_suffix(".tex"), lambda file: file.write_text(latex.to_latex(hrules=True)))
