@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,25 +18,35 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from pattern_bench.core.layers import Geometry, Layer, geometry_of, pad
+from pattern_bench.core.layers import Geometry, Layer, convolved, geometry_of, pad
 from pattern_bench.errors import UserError
 
 # --- layers ---
 
 
 class _Replaced(torch.autograd.Function):
-    """A layer's own forward; backward as if its weight had been ``replacement``."""
+    """A layer's own forward; backward as if its weight had been ``replacement``, ``conserving`` or not."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, forward: Callable[[Tensor], Tensor], replacement: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        layer: Layer,
+        forward: Callable[[Tensor], Tensor],
+        replacement: Tensor,
+        conserving: bool,
+    ) -> Tensor:
         # Kept as an attribute and not by save_for_backward, so that own_weight_in_output_layers can change it.
-        ctx.layer, ctx.shape, ctx.replacement = layer, x.shape, replacement
+        ctx.layer, ctx.shape, ctx.replacement, ctx.conserving = layer, x.shape, replacement, conserving
         return forward(x)
 
     @staticmethod
     @once_differentiable  # what follows the layer was computed with its own weight, so autograd's second would be wrong
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        return _transposed(ctx.layer, ctx.replacement, grad_outputs[0], ctx.shape), None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        grad = grad_outputs[0]
+        if ctx.conserving:
+            grad = grad / _inside(ctx.layer, ctx.replacement, ctx.shape)
+        return _transposed(ctx.layer, ctx.replacement, grad, ctx.shape), None, None, None, None
 
 
 _BACKWARD: Any = getattr(_Replaced, "_backward_cls")  # noqa: B009, the type of the graph's nodes, unknown to mypy
@@ -56,6 +67,19 @@ def _transposed(layer: Layer, weight: Tensor, grad: Tensor, shape: torch.Size) -
     return torch.autograd.grad(padded, x, lower)[0]
 
 
+def _inside(layer: Layer, weight: Tensor, shape: torch.Size) -> Tensor:
+    """The sum of ``weight`` over the taps that lie inside an input of ``shape``, at every position of the output; 1 where
+    it is 0. Padding with anything but zeros is made of the input, and lies inside."""
+    geometry = geometry_of(layer)
+    if not geometry.kernel or not geometry.pads or geometry.padding_mode != "zeros":
+        total = weight.flatten(1).sum(1).view(-1, *[1] * len(geometry.kernel))
+    else:
+        # All channels of the padding are alike, and summed first.
+        one = replace(geometry, groups=1)
+        total = convolved(weight.new_ones(1, 1, *shape[2:]), weight.sum(1, keepdim=True), None, one)
+    return total.where(total != 0, 1.0)
+
+
 def _input_gradient(grad: Tensor, like: Tensor, weight: Tensor, geometry: Geometry, padding: list[int]) -> Tensor:
     """The convolution's input gradient; of its input, ``like``, only the shape counts."""
     nothing = [0] * len(padding)
@@ -66,8 +90,14 @@ def _input_gradient(grad: Tensor, like: Tensor, weight: Tensor, geometry: Geomet
 
 
 @contextmanager
-def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor | None]) -> Iterator[None]:
+def replaced_weights(
+    model: nn.Module, weights: Mapping[str, Tensor | None], conserving: bool = False
+) -> Iterator[None]:
     """Within, back-propagation through the named layers uses ``weights``, each in its layer's weight's shape.
+
+    Where it is ``conserving``, every neuron passes on what it is given, in proportion to its weights: they are divided
+    by their sum over the taps that lie inside the layer's input, which at padded borders are not all. A neuron all of
+    whose weights there are 0 passes nothing on.
 
     Raises:
         UserError: on a forward pass through a layer whose weight here is None.
@@ -77,7 +107,7 @@ def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor | None]) -> 
         for name, weight in weights.items():
             layer = model.get_submodule(name)
             shadowed.append((layer, layer.__dict__.get("forward")))
-            layer.forward = _shadow(name, layer, weight)
+            layer.forward = _shadow(name, layer, weight, conserving)
         yield
     finally:
         for layer, before in reversed(shadowed):
@@ -86,7 +116,7 @@ def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor | None]) -> 
                 layer.forward = before
 
 
-def _shadow(name: str, layer: Any, weight: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _shadow(name: str, layer: Any, weight: Tensor | None, conserving: bool) -> Callable[[Tensor], Tensor]:
     original = layer.forward
 
     def forward(x: Tensor) -> Tensor:
@@ -95,7 +125,7 @@ def _shadow(name: str, layer: Any, weight: Tensor | None) -> Callable[[Tensor], 
                 f"layer {name} ({type(layer).__name__}) runs and has no pattern, and a whole network's explanation "
                 "needs the patterns of all its layers: fit patterns with layer=all"
             )
-        return _Replaced.apply(x, layer, original, weight)
+        return _Replaced.apply(x, layer, original, weight, conserving)
 
     return forward
 

@@ -60,12 +60,13 @@ class _Layerwise(Method):
                     )
                 self.layers[name] = module
         self.weights: dict[str, Tensor | None] = {}
+        self.conserving = False
 
     def _back(self, x: Tensor, target: Tensor | None, *, from_output: bool, last_layer: str = "positive") -> Tensor:
         """Goes back from the target's output, or from 1, to the input."""
         weights = {name: None if weight is None else weight.to(x.device) for name, weight in self.weights.items()}
         x.requires_grad_()
-        with replaced_weights(self.model, weights):
+        with replaced_weights(self.model, weights, self.conserving):
             output = self._output(x, target)
             if last_layer == "weight":
                 own_weight_in_output_layers(output)
@@ -176,22 +177,28 @@ class PatternAttribution(_PatternMethod):
 class DtdW2(_Layerwise):
     """The w²-rule of deep Taylor decomposition in every layer (Montavon et al. 2017, section 4.1).
 
-    Goes back from the target's output y with w² / ‖w‖² in the place of each weight: PatternAttribution with S_w's
-    patterns, w / wᵀw. A neuron without weights passes nothing on.
+    Goes back from the target's output y: each neuron's relevance is shared among its inputs in proportion to w². Padding
+    zeros are no inputs: at the border the shares are of the sum of w² over the taps that lie inside the image, so that
+    Conv and Linear layers pass on exactly what they are given. A neuron without weights there passes nothing on.
+
+    Where nothing is padded with zeros, this is PatternAttribution with S_w's patterns w / wᵀw, whose shares are of all
+    of ‖w‖²; where something is, that loses what falls on the padding. Open ReLUs, max pools and average pools over the
+    image alone pass on all relevance too; closed ReLUs pass none, and a sum of two branches hands all of it to both.
     """
 
     name = "dtd_w2"
     kind = "attribution"
 
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
+        self.conserving = True
         self.weights = {name: _w2(layer.weight.detach()) for name, layer in self.layers.items()}
         return self._back(x, target, from_output=True)
 
 
 def _w2(weight: Tensor) -> Tensor:
-    squares = weight.square()
-    total = squares.flatten(1).sum(1).view(-1, *[1] * (weight.ndim - 1))
-    return torch.where(total > 0, squares / total, 0.0)
+    """w² of each neuron in units of its largest, lest the squares of small weights vanish."""
+    largest = weight.abs().flatten(1).amax(1).view(-1, *[1] * (weight.ndim - 1))
+    return (weight / largest.where(largest > 0, 1.0)).square()
 
 
 class LrpZ(_Layerwise):
