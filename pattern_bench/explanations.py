@@ -218,8 +218,8 @@ def patch_and_steps(setup: Setup) -> tuple[int, int]:
     if steps > count:
         raise UserError(
             f"degradation.steps={steps} is more than the {count} whole patches of "
-            f"{'×'.join([str(patch)] * len(spatial))} pixels in images of {'×'.join(map(str, spatial))}: take fewer steps, "
-            "or a smaller degradation.patch"
+            f"{'×'.join([str(patch)] * len(spatial))} pixels in images of {'×'.join(map(str, spatial))}: take fewer "
+            "steps, or a smaller degradation.patch"
         )
     return patch, steps
 

@@ -187,8 +187,8 @@ def draw_degradation(degradation: pd.DataFrame, path: Path, missing: Sequence[tu
 
 @as_written
 def draw_explanations(images: Tensor, columns: Mapping[str, Tensor], captions: list[str], path: Path) -> None:
-    """One row per image: the input, then each explanation. Signals are drawn as curves, volumes by the slice in the middle
-    of their first spatial dimension.
+    """One row per image: the input, then each explanation. Signals are drawn as curves, volumes by the slice in the
+    middle of their first spatial dimension.
 
     Args:
         images: (n, C, spatial...) network inputs, shown from their own minimum to their maximum.
@@ -212,8 +212,8 @@ def draw_explanations(images: Tensor, columns: Mapping[str, Tensor], captions: l
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a gallery: (C, spatial...), shown as ``input`` (from its minimum to its maximum), in ``colour`` (as
-    x / (2 max|x|) + 1/2), or as ``heat`` (summed over channels, on a diverging map that is symmetric around 0)."""
+    """One picture of a gallery: (C, spatial...), shown as ``input`` (from its minimum to its maximum), in ``colour``
+    (as x / (2 max|x|) + 1/2), or as ``heat`` (summed over channels, on a diverging map that is symmetric around 0)."""
 
     title: str
     image: Tensor

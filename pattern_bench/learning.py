@@ -259,8 +259,8 @@ class Learner(Descending):
                 raise
             raise UserError(
                 f"model.training: {type(self.model).__name__} cannot be trained on images of shape "
-                f"{tuple(images.shape[1:])} ({str(error).splitlines()[0]}): give larger images, leave auxiliary heads out, or "
-                "give weights"
+                f"{tuple(images.shape[1:])} ({str(error).splitlines()[0]}): give larger images, leave auxiliary heads "
+                "out, or give weights"
             ) from error
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

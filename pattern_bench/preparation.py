@@ -135,8 +135,8 @@ def prepare(cfg: DictConfig, folder: Path, bar: Bar, check: Callable[[Setup], No
             )
         if outputs == 1 and not source.regression and pool.classes != 2:
             raise UserError(
-                f"model={model_source.name} has one output and data={source.name} {pool.classes} classes: one output tells "
-                "two classes apart, so choose a model with as many outputs as classes"
+                f"model={model_source.name} has one output and data={source.name} {pool.classes} classes: one output "
+                "tells two classes apart, so choose a model with as many outputs as classes"
             )
         _train(setup, logits, model_source.training, bar)
         setup.model = canonical(logits, sample[None])

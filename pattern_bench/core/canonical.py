@@ -100,8 +100,8 @@ def _copy(model: nn.Module) -> nn.Module:
         )
     if lazy := without_weights(model):
         raise UserError(
-            f"model={name}: module {lazy} has no weights before it meets its first input, and those would be random: run "
-            "the network on an image once, and train it or load its weights"
+            f"model={name}: module {lazy} has no weights before it meets its first input, and those would be "
+            "random: run the network on an image once, and train it or load its weights"
         )
     # Weights that pruning, weight norm and spectral norm compute in hooks are part of an autograd graph, and computed
     # anew in each forward pass: what they are now is enough of a copy.
@@ -195,7 +195,9 @@ def _at_other_sizes(declaring: Layer, layer: Layer, x: Tensor) -> bool:
     if isinstance(layer, nn.Linear) or type(layer).forward is _base(layer).forward:
         return True
     for less in range(1, max(layer.stride)):
-        smaller = x[(..., *(slice(max(1, size - less)) for size in x.shape[2:]))]
+        smaller = x
+        for dim in range(2, x.ndim):
+            smaller = smaller.narrow(dim, 0, max(1, x.shape[dim] - less))
         try:
             output = layer.forward(smaller)
         except RuntimeError:  # too small for it
@@ -242,11 +244,8 @@ def _plain(layer: Layer, x: Tensor) -> Layer | None:
             }
             settings["bias"] = bias is not None
             extra = [b - a for a, b in zip(x.shape[2:], call["input"].shape[2:], strict=True)]
-            if (
-                isinstance(layer, nn.Conv2d)
-                and not geometry_of(layer).pads
-                and type(layer).forward is not nn.Conv2d.forward
-            ):
+            own = type(layer).forward is not nn.Conv2d.forward
+            if isinstance(layer, nn.Conv2d) and own and not geometry_of(layer).pads:
                 plain = PaddedConv2d(**settings, margins=tuple((e // 2, e - e // 2) for e in extra))
             else:
                 plain = _base(layer)(**settings, padding=layer.padding, padding_mode=layer.padding_mode)

@@ -48,8 +48,8 @@ class PaddedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.only is not None and tuple(x.shape[2:]) != self.only:
             raise UserError(
-                f"a layer that pads by a rule of its own was written out for inputs of {self.only[0]}×{self.only[1]}, and "
-                f"meets one of {x.shape[2]}×{x.shape[3]}: give images of one size"
+                f"a layer that pads by a rule of its own was written out for inputs of {self.only[0]}×{self.only[1]}, "
+                f"and meets one of {x.shape[2]}×{x.shape[3]}: give images of one size"
             )
         return super().forward(pad(x, geometry_of(self)))
 
@@ -64,8 +64,8 @@ LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a layer cuts its input into patches. ``padding`` holds (before, after) per spatial dimension; with ``same`` it
-    depends on the input's size, see :meth:`padding_of`."""
+    """How a layer cuts its input into patches. ``padding`` holds (before, after) per spatial dimension; with ``same``
+    it depends on the input's size, see :meth:`padding_of`."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]

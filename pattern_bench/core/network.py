@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from pattern_bench.core.layers import LAYER_TYPES
 from pattern_bench.errors import UserError, did_you_mean
@@ -25,7 +25,7 @@ def without_weights(model: nn.Module) -> str | None:
     """The first module that has no weights until it meets an input, as torch's lazy ones; None where all have."""
     for name, module in model.named_modules():
         own = itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
-        if any(isinstance(tensor, UninitializedTensorMixin) for tensor in own):
+        if any(is_lazy(tensor) for tensor in own):
             return name or "the network itself"
     return None
 
@@ -42,8 +42,8 @@ def refuse_training(model: nn.Module) -> None:
     """
     if where := in_training(model):
         raise UserError(
-            f"model={type(model).__name__} is in training mode (module {where}), in which its outputs are random or depend "
-            "on their batch: call model.eval() first"
+            f"model={type(model).__name__} is in training mode (module {where}), in which its outputs are random or "
+            "depend on their batch: call model.eval() first"
         )
 
 

@@ -72,24 +72,24 @@ def targets(target: Tensor | int | None, logits: Tensor) -> Tensor:
     images, outputs = logits.shape
     if target is None:
         return logits.argmax(1)
-    if isinstance(target, int) and not isinstance(target, bool):
-        target = torch.tensor(target)
-    whole = isinstance(target, Tensor) and not (
-        target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
+    one = isinstance(target, int) and not isinstance(target, bool)
+    given: Any = torch.tensor(target) if one else target
+    whole = isinstance(given, Tensor) and not (
+        given.is_floating_point() or given.is_complex() or given.dtype == torch.bool
     )
-    if not whole or target.shape not in ((), (images,)):
-        what = f"{target.dtype} of shape {tuple(target.shape)}" if isinstance(target, Tensor) else repr(target)
+    if not whole or given.shape not in ((), (images,)):
+        what = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
         raise UserError(
-            f"target={what} is not possible: give one whole number, a tensor of {images} (one for each image), or None for "
-            "the predicted class"
+            f"target={what} is not possible: give one whole number, a tensor of {images} (one for each image), or None "
+            "for the predicted class"
         )
-    outside = target[(target < 0) | (target >= outputs)]
+    outside = given[(given < 0) | (given >= outputs)]
     if outside.numel():
         raise UserError(
             f"target={int(outside.flatten()[0])} is out of range: the network has {outputs} outputs, so give 0 to "
             f"{outputs - 1}, or None for the predicted class"
         )
-    return target.detach().to(logits.device, torch.int64).expand(images).clone()
+    return given.detach().to(logits.device, torch.int64).expand(images).clone()
 
 
 # --- logits ---
@@ -152,14 +152,16 @@ class Logits(nn.Module):
 
     Args:
         network: any network.
-        output: which of its outputs are the logits: the key of a mapping, the index in a tuple or list, or a function of
-            all outputs; None for the only tensor.
+        output: which of its outputs are the logits: the key of a mapping, the index in a tuple or list, or a function
+            of all outputs; None for the only tensor.
 
     Raises:
         UserError: in a forward pass, where there is no such output, or several and none is named.
     """
 
     # Underscores, and nothing registered: every other name is one of the network's own modules.
+    _network: Any
+    _output: Any
     _last: int | None = None
     """The number of the softmax or sigmoid, counted through a forward pass, that the logits go into."""
     _independent = False
@@ -198,8 +200,8 @@ class Logits(nn.Module):
 def as_logits(model: nn.Module, example: Tensor, output: Output = None) -> nn.Module:
     """The network itself where it puts out logits (B, K), else its :class:`Logits`. Nothing of it is changed.
 
-    Whether a network's last step is a softmax is found by looking: at the outputs for ``example``, and at which function
-    made them.
+    Whether a network's last step is a softmax is found by looking: at the outputs for ``example``, and at which
+    function made them.
 
     Args:
         model: any network, in evaluation mode.
@@ -228,8 +230,8 @@ def as_logits(model: nn.Module, example: Tensor, output: Output = None) -> nn.Mo
             return found
     if _are_probabilities(y):
         raise UserError(
-            f"model={name} puts out probabilities that no softmax of its own made as a last step: explanations start from "
-            "logits, so hand over a network that puts them out"
+            f"model={name} puts out probabilities that no softmax of its own made as a last step: explanations start "
+            "from logits, so hand over a network that puts them out"
         )
     return plain_model if plain else Logits(model, output)
 
@@ -276,8 +278,8 @@ def selected(outputs: Any, output: Output, name: str) -> Tensor:
 
 
 def heads(outputs: Any) -> list[Tensor]:
-    """The logits, and then those of auxiliary heads, among a network's outputs in training: all of one shape; those that
-    are called ``logits``, or the first, are the network's own."""
+    """The logits, and then those of auxiliary heads, among a network's outputs in training: all of one shape; those
+    that are called ``logits``, or the first, are the network's own."""
     if isinstance(outputs, Tensor):
         return [outputs]
     found = _tensors(outputs)
