@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from pattern_bench.errors import UserError
 from pattern_bench.launch import number_from_outside
+from pattern_bench.nodes import watched
 from pattern_bench.partial import keep
 from pattern_bench.writing import write_file
 
 LONGEST_WAIT = timedelta(days=7)
-"""For the first process, which alone trains models and solves for ρ. One that died is noticed by the launcher."""
+"""For the first process, which alone trains models and solves for ρ. One that died is noticed by the launcher, or, on
+another node, as :mod:`pattern_bench.nodes` says."""
 
 
 def make_trainer(settings: DictConfig, callbacks: list[pl.Callback], **more: Any) -> pl.Trainer:
@@ -36,6 +39,7 @@ def make_trainer(settings: DictConfig, callbacks: list[pl.Callback], **more: Any
     """
     _quiet_lightning()
     given: Mapping[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
+    given = {name: value for name, value in given.items() if name != "lost_after"}  # see joined
     own: dict[str, Any] = {"plugins": [_environment(), _WholeCheckpoints()], "strategy": "auto"}
     if number_from_outside() is not None:
         own["strategy"] = DDPStrategy(timeout=LONGEST_WAIT)
@@ -82,12 +86,16 @@ def _environment() -> Any:
 @contextmanager
 def joined(settings: DictConfig) -> Iterator[None]:
     """Within, the processes of the job, where it has several, can reach each other."""
+    lost_after = settings.get("lost_after", 600)
+    if isinstance(lost_after, bool) or not isinstance(lost_after, int | float) or not 0 < lost_after < math.inf:
+        raise UserError(f"trainer.lost_after={lost_after} is not possible: give a number of seconds above 0")
     trainer = make_trainer(settings, [])
     if number_from_outside() is None:
         yield
         return
     trainer.strategy.setup_environment()
-    yield
+    with watched(lost_after) if settings.get("num_nodes", 1) > 1 else nullcontext():
+        yield
     # Not after an error: the others would be waited for.
     torch.distributed.destroy_process_group()
 
