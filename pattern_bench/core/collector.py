@@ -291,14 +291,15 @@ class Collector:
             self.lags.restore(lags)
 
     def moments(self) -> Moments:
-        """The sums so far, about zero whatever they were taken about."""
+        """The sums so far, about zero whatever they were taken about, on the device that they were taken on: the layer
+        may have been moved since, as Lightning moves a network back to the CPU when a loop ends."""
         layer, n = self.layer, self.x.new_tensor(self.n)
-        weight = layer.weight.detach().flatten(1).double()
+        weight = layer.weight.detach().to(self.x.device).flatten(1).double()
         per_neuron = len(weight) // self.groups
         # What was summed is x - c and y - m, with y = wᵀx + bias; so u = (y - m) + back.
         c = torch.zeros_like(self.x) if self.shift is None else _patch_of(self.shift[0], layer)
         back = torch.zeros_like(self.g) if self.shift is None else self.shift[1].double()
-        back = back if layer.bias is None else back - layer.bias.detach().double()
+        back = back if layer.bias is None else back - layer.bias.detach().to(back.device).double()
         about = c.repeat_interleave(per_neuron, 0)
         x = self.x.repeat_interleave(per_neuron, 0)
         offset = (weight * about).sum(1)
