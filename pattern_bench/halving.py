@@ -26,7 +26,7 @@ def enough_memory() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"out of memory ({str(error).partition(chr(10))[0]}): select fewer layers (layer), or use a machine with "

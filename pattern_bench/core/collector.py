@@ -333,14 +333,15 @@ class Collector:
             self.lags.restore(lags)
 
     def moments(self) -> Moments:
-        """The sums so far."""
-        weight = self.layer.weight.detach().flatten(1).double()
+        """The sums so far, on the device that they were taken on: the layer may have been moved since, as Lightning moves
+        a network back to the CPU when a loop ends."""
+        weight = self.layer.weight.detach().to(self.x.device).flatten(1).double()
         x = self.x.repeat_interleave(len(weight) // self.groups, 0)
         rests = x - self.xg
         rests = rests.where(rests.abs() > ROUNDING * x.abs(), 0.0)
         xg = x - rests
         # What was summed is y = wᵀx + bias.
-        bias = torch.zeros_like(self.g) if self.layer.bias is None else self.layer.bias.detach().double()
+        bias = torch.zeros_like(self.g) if self.layer.bias is None else self.layer.bias.detach().to(self.g)
         xug = self.x_fired - bias[:, None] * xg
         gram = self._whole_gram()
         if self.direct is not None and self.x_rested is not None and len(self.direct) == len(weight):

@@ -18,7 +18,7 @@ from pattern_bench.core.collector import sampled_positions
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.gram import is_small
 from pattern_bench.core.layers import Layer, draw_positions, geometry_of, patch_size, patches, patches_at
-from pattern_bench.core.memory import is_out_of_memory
+from pattern_bench.core.memory import SpentError, is_out_of_memory
 from pattern_bench.core.moments import MEMORY, Moments
 from pattern_bench.core.quality import Probe, rho
 
@@ -113,7 +113,7 @@ class FiringCollector:
         """Adds a batch: ``x`` the layer's input, ``y`` its output with bias, before any nonlinearity.
 
         Raises:
-            MemoryError: where there is no memory for it. It may have been added in part then, so there is no way on.
+            SpentError: where there is no memory for it. It may have been added in part then, so there is no way on.
         """
         self.finite &= torch.isfinite(x.sum()) & torch.isfinite(y.sum())
         if not self.geometry.kernel:
@@ -126,10 +126,10 @@ class FiringCollector:
         try:
             for part, output in zip(x.split(images), y.split(images), strict=True):
                 self._add(part.double() if exact else part, output, drawn)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise MemoryError("sums of single neurons: fewer of them, probe.neurons, need less") from error
+            raise SpentError("sums of single neurons: fewer of them, probe.neurons, need less") from error
 
     def _add(self, x: Tensor, y: Tensor, drawn: int) -> None:
         gate = (y[:, self.neurons] > 0).reshape(len(y), len(self.neurons), -1)
