@@ -172,14 +172,18 @@ def of_same_neurons(
     estimator that has no ρ at all where it stands (S_x, which leaves no residual) takes no neuron from the others.
 
     Args:
-        rho: columns ``layer``, ``neuron``, ``rho`` and those named below, in any order of rows.
+        rho: columns ``layer``, ``neuron``, ``rho`` and those named below, in any order of rows. Without ``neuron``, a
+            layer's rows are taken to be its neurons, in the same order under all estimators.
         within: columns that tell apart what does not stand side by side.
         of: columns that tell estimators apart.
 
     Returns:
         All rows and columns, with NaN as ``rho`` of the neurons that are left out.
     """
-    live = rho[rho.rho.notna()]
+    numbered = rho
+    if "neuron" not in rho:
+        numbered = rho.assign(neuron=rho.groupby(list(dict.fromkeys([*within, "layer", *of]))).cumcount())
+    live = numbered[rho.rho.notna()]
     group, neuron, who = (
         live.groupby(list(dict.fromkeys(columns)), sort=False, observed=True).ngroup().to_numpy()
         for columns in (within, [*within, "layer", "neuron"], of)

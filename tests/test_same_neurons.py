@@ -97,6 +97,14 @@ def test_a_neuron_that_a_damaged_file_names_twice_is_one():
     assert compared[["estimator", "neuron"]].to_numpy().tolist() == [["a", 0], ["w", 0]]
 
 
+def test_rows_without_numbers_are_neurons_in_their_order():
+    names = {"model": "m", "data": "d", "criterion": "all", "probe": "p", "layer": "l"}
+    table = pd.DataFrame({"estimator": ["a", "a", "w", "w"], "rho": [0.1, np.nan, 0.2, 0.3]}).assign(**names)
+    compared = of_same_neurons(table)
+    assert compared.rho.tolist() == pytest.approx([0.1, np.nan, 0.2, np.nan], nan_ok=True)
+    assert "neuron" not in compared
+
+
 # --- Fig. 3 ---
 
 
