@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
 from pattern_bench.core.layers import LAYER_TYPES, Layer, PaddedConv2d, convolved, geometry_of
+from pattern_bench.core.learned import CONSTANT, LearnedWeights
 from pattern_bench.core.network import refuse_training, unwrapped, without_weights
 from pattern_bench.core.outputs import as_logits
 from pattern_bench.core.precision import float32_products
@@ -32,15 +33,6 @@ ROUNDINGS = 30
 """A fold may change the outputs by so many times what rounding its weights anew does, in float64."""
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution", "linear")
-_PRODUCTS = (
-    *_CONVOLUTIONS, "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear", "embedding_bag",
-    "matmul", "__matmul__", "__rmatmul__", "mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "inner",
-    "einsum", "tensordot", "linalg_multi_dot", "multi_dot", "linalg_matmul", "chain_matmul", "linalg_vecdot",
-    "multi_head_attention_forward",
-    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
-)  # fmt: skip
-"""Functions, by name, that sum inputs times weights: where such a weight is learned, neurons are at work."""
-
 
 @float32_products()
 def canonical(model: nn.Module, example: Tensor) -> nn.Module:
@@ -300,14 +292,13 @@ def _plain(layer: Layer, x: Tensor) -> Layer | None:
 
 
 class _Walk(TorchFunctionMode):
-    """One forward pass, watched: which layer's output each norm reads, and who else reads it.
-
-    Refuses products with learned weights outside of layers.
-    """
+    """One forward pass, watched: which layer's output each norm reads, who else reads it, and what the learned weights
+    outside of layers do (``core.learned``)."""
 
     def __init__(self, network: nn.Module, image: Tensor, model: str) -> None:
         super().__init__()
-        self.network, self.image, self.model = network, image, model
+        self.model, self.function = model, ""
+        self.learned = LearnedWeights(network.parameters(), image, self.in_layer, self.refusal)
         self.running: list[tuple[str, nn.Module]] = []
         self.calls: Counter[nn.Module] = Counter()
         self.readers: Counter[int] = Counter()
@@ -316,38 +307,26 @@ class _Walk(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operands = list(_tensors((args, kwargs)))
-        in_layer = any(isinstance(module, LAYER_TYPES) for _, module in self.running)
-        if _name(func) in _PRODUCTS and not in_layer:
-            kernel = [t for t in operands[1:2] if _name(func) in _CONVOLUTIONS and t.requires_grad]
-            if kernel or any(self.learned(t) for t in operands):
-                raise self.refusal(_name(func))
+        self.function = _name(func)
+        kernel = operands[1:2] if self.function in _CONVOLUTIONS and not self.in_layer() else []
+        if any(self.learned.kind(t) != CONSTANT for t in kernel):  # also one that was made of the image
+            raise self.refusal(self.function)
         output = func(*args, **(kwargs or {}))
+        self.function = ""
         if next(_tensors(output), None) is not None:  # asking for a size is not reading
             self.readers.update(id(t) for t in operands if id(t) in self.made)
         return output
 
-    def learned(self, tensor: Tensor) -> bool:
-        """Whether it depends on parameters alone, and not on the image."""
-        if not tensor.requires_grad or tensor is self.image:
-            return False
-        nodes: list[Any] = [tensor.grad_fn]
-        seen = set()
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if getattr(node, "variable", None) is self.image:
-                return False
-            nodes += [before for before, _ in node.next_functions]
-        return True
+    def in_layer(self) -> bool:
+        return any(isinstance(module, LAYER_TYPES) for _, module in self.running)
 
     def refusal(self, function: str) -> UserError:
         name, module = self.running[-1]
+        kind = type(module).__name__ if name else self.model
         return UserError(
-            f"model={self.model}: module {name or 'at the root'} ({type(module).__name__}) multiplies by learned "
-            f"weights in {function}, outside any Conv or Linear module, so its neurons would be left out: rewrite "
-            "it with nn.Conv1d, nn.Conv2d, nn.Conv3d or nn.Linear modules, or choose another model"
+            f"model={self.model}: module {name or 'at the root'} ({kind}) multiplies by learned weights in "
+            f"{self.function or function}, outside any Conv or Linear module, so its neurons would be left out: rewrite it "
+            "with nn.Conv1d, nn.Conv2d, nn.Conv3d or nn.Linear modules, or choose another model"
         )
 
     def enter(self, name: str, module: nn.Module) -> None:
@@ -374,7 +353,7 @@ def _foldable(network: nn.Module, example: Tensor, model: str) -> list[tuple[Any
             handles.append(module.register_forward_pre_hook(lambda m, _, name=name: walk.enter(name, m), prepend=True))
             handles.append(module.register_forward_hook(walk.leave, always_call=True))
         try:
-            with walk:
+            with walk, walk.learned:
                 network(image * 1)  # not a leaf, which the network could not change in place
         except RuntimeError as error:
             raise UserError(
@@ -384,6 +363,7 @@ def _foldable(network: nn.Module, example: Tensor, model: str) -> list[tuple[Any
         finally:
             for handle in handles:
                 handle.remove()
+        walk.learned.check()
     network.requires_grad_(False)
     pairs = []
     for norm, x in walk.norms:

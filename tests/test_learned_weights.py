@@ -1,0 +1,156 @@
+"""Learned weights outside of Conv and Linear layers: what sums inputs with them is refused by name, what does not runs."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+from pattern_bench.core.canonical import canonical
+from pattern_bench.errors import UserError
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x.mm(w.T)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad @ w, grad.T @ x
+
+
+class Net(nn.Module):
+    """``head`` makes of features f (B, 8, 6, 6), their means g (B, 8) and the network's own parameters what it puts out."""
+
+    def __init__(self, head):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.matrix, self.scale = nn.Parameter(torch.randn(5, 8)), nn.Parameter(torch.rand(8) + 0.5)
+        self.place = nn.Parameter(torch.randn(1, 8, 6, 6))
+        self.norm, self.shift = nn.BatchNorm2d(8), nn.Conv2d(8, 18, 3, padding=1)
+        self.deform = torchvision.ops.DeformConv2d(8, 8, 3, padding=1)
+        for parameter in self.norm.parameters():
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        self.head = head
+
+    def forward(self, x):
+        f = self.conv(x).relu()
+        return self.head(self, f, f.mean((2, 3)))
+
+
+def run(head):
+    return canonical(Net(head).eval(), torch.randn(1, 3, 8, 8))
+
+
+SUMS = {
+    "matmul": (lambda n, f, g: g @ n.matrix.T, "__matmul__|matmul"),
+    "mm below Python": (lambda n, f, g: torch.ops.aten.mm(g, n.matrix.T), "mm"),
+    "einsum": (lambda n, f, g: torch.einsum("bc,kc->bk", g, n.matrix), "einsum"),
+    "dense function": (lambda n, f, g: F.linear(g, n.matrix), "linear"),
+    "kernel made of weights": (lambda n, f, g: F.conv2d(f, n.matrix.tanh()[..., None, None]).mean((2, 3)), "conv2d"),
+    "own autograd function": (lambda n, f, g: Product.apply(g, n.matrix), "apply|mm"),
+    "deformable": (lambda n, f, g: n.fc(n.deform(f, n.shift(f)).mean((2, 3))), r"deform \(DeformConv2d\)"),
+    "cosine": (lambda n, f, g: F.cosine_similarity(g[:, None], n.matrix, dim=-1), "cosine_similarity"),
+    "distances": (lambda n, f, g: -torch.cdist(g, n.matrix), "cdist"),
+    "distance, written out": (lambda n, f, g: (g[:, None] - n.matrix).square().sum(-1), "sum"),
+    "distance to one": (lambda n, f, g: ((g - n.scale) ** 2).sum(1, keepdim=True).expand(-1, 5), "sum"),
+    "pairwise distance": (lambda n, f, g: F.pairwise_distance(g[:, None], n.matrix), "pairwise_distance"),
+    "product and sum": (lambda n, f, g: (g[:, None] * n.matrix).sum(-1), "sum"),
+    "product and mean": (lambda n, f, g: (n.matrix * g[:, None] + 1).mean(-1), "mean"),
+    "product in place": (lambda n, f, g: g[:, None].repeat(1, 5, 1).mul_(n.matrix).sum(-1), "sum"),
+    "product into a part": (
+        lambda n, f, g: (lambda y: (y[:, 2:6].mul_(n.scale[2:6]), n.fc(g) + y.sum(1, keepdim=True))[1])(g.clone()), "sum"
+    ),
+    "through an activation": (lambda n, f, g: (g[:, None] * n.matrix).tanh().sum(-1), "sum"),
+    "with a constant matrix": (lambda n, f, g: (g[:, None] * n.matrix) @ torch.ones(8), "matmul"),
+    "unfolded": (lambda n, f, g: (F.unfold(f, 1).mT.unsqueeze(2) * n.matrix).sum(-1).mean(1), "sum"),
+    "over channels of a map": (lambda n, f, g: n.fc(g) + (f * n.place).sum((1, 2, 3))[:, None], "sum"),
+    "chosen weights": (lambda n, f, g: (g[:, None] * n.matrix[torch.arange(5)]).sum(-1), "sum"),
+    "weights chosen by the image": (
+        lambda n, f, g: n.fc(g) + (g * n.matrix[g[:, :5].argmax(1)]).sum(1, keepdim=True), "sum"
+    ),
+    "attention with a learned query": (
+        lambda n, f, g: n.fc(
+            F.scaled_dot_product_attention(n.matrix[None, :1], f.flatten(2).mT, f.flatten(2).mT).flatten(1)
+        ),
+        "scaled_dot_product_attention",
+    ),
+    "attention pooling": (
+        lambda n, f, g: n.fc((lambda t: (t * (t * n.scale).sum(-1, keepdim=True).softmax(1)).sum(1))(f.flatten(2).mT)),
+        "sum",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SUMS)
+def test_what_sums_inputs_with_learned_weights_is_refused(case):
+    head, function = SUMS[case]
+    with pytest.raises(UserError, match=rf"multiplies by learned weights.*({function})|({function}).*multiplies by"):
+        run(head)
+
+
+def written_out(n, x):
+    """Layer norm over channels as ConvNeXt's authors write it."""
+    mean = x.mean(1, keepdim=True)
+    variance = (x - mean).pow(2).mean(1, keepdim=True)
+    return (x - mean) / (variance + 1e-6).sqrt() * n.scale[:, None, None]
+
+
+def root_mean_square(n, x):
+    return x * (x.pow(2).mean(1, keepdim=True) + 1e-6).rsqrt() * n.scale[:, None, None]
+
+
+ELEMENTWISE = {
+    "layer scale": lambda n, f, g: n.fc((f * n.scale[:, None, None]).mean((2, 3))),
+    "batch norm": lambda n, f, g: n.fc(n.norm(f).relu().mean((2, 3))),
+    "batch norm, activation in place": lambda n, f, g: n.fc(F.hardswish(n.norm(f), inplace=True).mean((2, 3))),
+    "batch norm, pools": lambda n, f, g: n.fc(F.max_pool2d(F.avg_pool2d(n.norm(f), 2), 3).flatten(1)),
+    "position": lambda n, f, g: n.fc((f + n.place).relu().mean((2, 3))),
+    "position after a norm": lambda n, f, g: n.fc((n.norm(f) + n.place).mean((2, 3))),
+    "norms written out": lambda n, f, g: n.fc(
+        written_out(n, written_out(n, f + n.place) + f * n.scale[:, None, None]).mean((2, 3))
+    ),
+    "root mean square": lambda n, f, g: n.fc(root_mean_square(n, root_mean_square(n, f + n.place)).mean((2, 3))),
+    "layer norm of layer norm": lambda n, f, g: n.fc(
+        F.layer_norm(F.layer_norm(g, (8,), n.scale), (8,), n.scale) * n.scale
+    ),
+    "group norm": lambda n, f, g: n.fc(F.group_norm(n.norm(f), 2, n.scale).mean((2, 3))),
+    "class token": lambda n, f, g: n.fc(torch.cat([n.matrix[None], f.flatten(2).mT], 1).mean(1)),
+    "normalised queries and keys, bias": lambda n, f, g: n.fc(
+        (lambda t: F.scaled_dot_product_attention(
+            F.layer_norm(t, (8,), n.scale), t, t, attn_mask=n.place[0, 0].flatten().expand(36, 36)
+        ))(f.flatten(2).mT).mean(1)
+    ),
+    "gate": lambda n, f, g: n.fc((f * n.fc(g).mean(1)[:, None, None, None].sigmoid() * n.scale[:, None, None]).mean((2, 3))),
+    "normalised sum": lambda n, f, g: n.fc(F.normalize(f + n.place, dim=1).mean((2, 3))),
+    "temperature": lambda n, f, g: n.fc(F.normalize(g, dim=1)) * n.scale[0],
+    "power mean": lambda n, f, g: n.fc(F.avg_pool2d(f.clamp(min=1e-6).pow(n.scale[0]), 6).pow(1 / n.scale[0]).flatten(1)),
+    "fixed blur of scaled maps": lambda n, f, g: n.fc(
+        F.conv2d(f * n.scale[:, None, None], torch.ones(8, 1, 2, 2), groups=8).mean((2, 3))
+    ),
+    "repeated scale": lambda n, f, g: n.fc((f * n.scale.view(8, 1, 1).repeat(1, 6, 6)).mean((2, 3))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ELEMENTWISE)
+def test_what_scales_shifts_and_normalises_runs(case):
+    network = run(ELEMENTWISE[case])
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_pooling_is_refused_fused_or_not(fused):
+    timm = pytest.importorskip("timm", reason="the extra 'timm' is not installed")
+    before = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(fused)
+    try:
+        settings = {"img_size": 32, "global_pool": "map", "class_token": False, "num_classes": 5, "depth": 1}
+        model = timm.create_model("vit_tiny_patch16_224", **settings).eval()
+    finally:
+        timm.layers.set_fused_attn(bool(before))
+    with pytest.raises(UserError, match=r"module attn_pool \(AttentionPoolLatent\) multiplies by learned weights"):
+        canonical(model, torch.randn(1, 3, 32, 32))
