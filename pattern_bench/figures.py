@@ -44,7 +44,8 @@ RHO = r"$\rho(S)$"
 _FORMULAS = re.compile("(" + "|".join(re.escape(text) for text in [*LABELS.values(), RHO] if "$" in text) + ")")
 MOST_LETTERS = 160
 """Of a line of text: more would make the figure wider than what it shows."""
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def as_written(draw: Callable[P, R]) -> Callable[P, R]:

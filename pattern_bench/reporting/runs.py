@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -227,12 +228,12 @@ def _table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
     Raises:
         ValueError: where a column is missing or holds what it cannot.
     """
-    # Names as categories: of a million rows, a million strings would be most of the time and memory.
     # A model may be called null, or NA: only a number can be missing.
-    table = pd.read_csv(
-        file, dtype={column: TYPES.get(column, "category") for column in columns}, keep_default_na=False,
-        na_values={column: ["", "nan", "NaN"] for column in TYPES},
-    )  # fmt: skip
+    read = functools.partial(
+        pd.read_csv, file, keep_default_na=False, na_values={column: ["", "nan", "NaN"] for column in TYPES}
+    )
+    # Names as categories: of a million rows, a million strings would be most of the time and memory.
+    table = read(dtype={column: TYPES.get(column, "category") for column in columns})
     if lacking := [column for column in columns if column not in table.columns]:
         raise ValueError(f"{file.name} lacks columns {lacking}: was it written by another version?")
     for column, kind in TYPES.items():
@@ -244,6 +245,8 @@ def _table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
         raise ValueError(f"{file.name} has a step without a probability")
     for column in columns:
         if TYPES.get(column) is None:
+            if not all(isinstance(name, str) for name in table[column].cat.categories):  # read as numbers: 007 as 7
+                table[column] = read(dtype={column: str}, usecols=[column])[column].astype("category")
             table[column] = table[column].cat.rename_categories(list(map(from_cell, table[column].cat.categories)))
     return table[list(columns)]
 
