@@ -21,9 +21,10 @@ _sweep = False
 class Folder(Callback):
     """Notes the folder of the run, or of the sweep, that is about to begin."""
 
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
         global _folder
-        _folder = str(config.hydra.run.dir)
+        if not _sweep:
+            _folder = str(config.hydra.runtime.output_dir)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         global _folder, _sweep
