@@ -191,9 +191,9 @@ def _trainer(made: Any) -> Any:
     def make(*arguments: Any, **settings: Any) -> Any:
         strategy = settings.get("strategy", "auto")
         if isinstance(strategy, DDPStrategy):
-            strategy = _OnDevice(accelerator=PretendAccelerator(), timeout=strategy._timeout)
+            strategy = _OnDevice(timeout=strategy._timeout)
         else:
-            strategy = SingleDeviceStrategy(DEVICE, accelerator=PretendAccelerator())
+            strategy = SingleDeviceStrategy(DEVICE)
         settings |= {"accelerator": PretendAccelerator(), "strategy": strategy}
         return made(*arguments, **settings)
 

@@ -326,11 +326,8 @@ def results_of(folder):
     return tables, load_file(folder / "patterns.safetensors")
 
 
-@pytest.mark.parametrize("kept", ["kept state", "from the start"])
 @pytest.mark.parametrize("job", JOBS)
-def test_a_job_through_lightning(job, kept, run_job, tmp_path):
-    if kept == "kept state" and job != "closed form":
-        pytest.skip("once is enough")
+def test_a_job_through_lightning(job, run_job, tmp_path):
     more = [*SMALL, *JOBS[job]]
     expected = results_of(run_job(*more, f"cache.dir={tmp_path / 'host'}"))
     with pretending():

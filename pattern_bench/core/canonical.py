@@ -105,7 +105,7 @@ def _rounded_alike(model: nn.Module, network: nn.Module, example: Tensor, otherw
     x = example.double()
     with torch.no_grad():
         try:
-            expected = _copy(model).double()(x)
+            expected = as_logits(_copy(model), example).double()(x)
             exact = copy.deepcopy(network).double()
             found = exact(x)
             if not same(exact(x), found, 1e-9):  # what is drawn anew in every pass is no rounding
