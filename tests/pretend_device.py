@@ -87,6 +87,9 @@ class Pretend(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.host.detach().__reduce_ex__(protocol)
 
+    def __format__(self, spec: str) -> str:
+        return format(self.host, spec)
+
     def __repr__(self) -> str:
         return f"Pretend({self.host!r})"
 
@@ -227,3 +230,11 @@ def pretending() -> Iterator[torch.device]:
         _Mode(),
     ):
         yield DEVICE
+
+
+def run_there(cfg: Any, folder: Any) -> None:
+    """The job on the device, in a process that is started for it."""
+    from pattern_bench.job import run
+
+    with pretending():
+        run(cfg, folder)

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import io
 import pkgutil
+import tarfile
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
-from pretend_device import MixedDevicesError, Pretend, pretending
+from hydra import compose, initialize_config_dir
+from pretend_device import MixedDevicesError, Pretend, pretending, run_there
 from safetensors.torch import load_file
 from torch import nn
 
 import pattern_bench as pb
+import pattern_bench.api
 import pattern_bench.data
 import pattern_bench.methods
+from pattern_bench.__main__ import CONF
+from pattern_bench.checks import run as run_sanity
+from pattern_bench.core.canonical import canonical
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Estimator
 from pattern_bench.core.firing import FiringCollector, firing_rho
 from pattern_bench.core.quality import Probe, Target, rho
 from pattern_bench.core.reading import Correlation, Reader
 from pattern_bench.data.source import Source
+from pattern_bench.galleries import run as run_gallery
+from pattern_bench.launch import launch
 from pattern_bench.methods.base import Method, create
 from tests.conftest import GEOMETRIES
 
@@ -31,15 +42,21 @@ from tests.conftest import GEOMETRIES
 def test_what_is_moved_there_is_there_and_what_comes_back_is_here():
     with pretending() as device:
         x = torch.arange(6.0).view(2, 3).to(device)
-        assert isinstance(x, Pretend) and x.device == device and (x + x).device == device
-        assert type((x * 2).cpu()) is torch.Tensor and x.cpu().numpy().sum() == 15
-        assert float(x.sum()) == 15 and x.tolist() == [[0, 1, 2], [3, 4, 5]] and torch.zeros(2, device=device).is_meta
+        assert isinstance(x, Pretend)
+        assert x.device == device
+        assert (x + x).device == device
+        assert type((x * 2).cpu()) is torch.Tensor
+        assert x.cpu().numpy().sum() == 15
+        assert float(x.sum()) == 15
+        assert x.tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert torch.zeros(2, device=device).is_meta
         assert torch.equal((x[:, 1] + torch.tensor(1.0)).cpu(), torch.tensor([2.0, 5.0]))  # a number may come along
         x[0] = 7
         assert torch.equal(x.cpu()[0], torch.full((3,), 7.0))
         net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Flatten()).to(device)
         net(torch.randn(2, 1, 5, 5).to(device)).sum().backward()
-        assert net[0].weight.grad.device == device and isinstance(net[0].weight, nn.Parameter)
+        assert net[0].weight.grad.device == device
+        assert isinstance(net[0].weight, nn.Parameter)
         assert type(net.cpu()[0].weight.data) is torch.Tensor
 
 
@@ -205,10 +222,9 @@ def subclasses(base, package):
 ESTIMATORS = subclasses(Estimator, importlib.import_module("pattern_bench.core.estimators"))
 METHODS = {
     name: kind
-    for name, kind in (
-        subclasses(Method, pattern_bench.methods) | subclasses(Method, importlib.import_module("pattern_bench.api"))
-    ).items()
-    if hasattr(kind, "name") and not kind.__name__.startswith("_")
+    for package in (pattern_bench.methods, pattern_bench.api)
+    for name, kind in subclasses(Method, package).items()
+    if not kind.__name__.startswith("_")
 }
 SOURCES = subclasses(Source, pattern_bench.data)
 FEW = {"samples": 3, "steps": 4, "patches": 20, "window": 4, "batch_size": 4}
@@ -218,8 +234,8 @@ FEW = {"samples": 3, "steps": 4, "patches": 20, "window": 4, "batch_size": 4}
 def small_network():
     torch.manual_seed(1)
     net = nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2), nn.ReLU(inplace=True),
-        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6, 5),
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2),
+        nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6, 5),
     )  # fmt: skip
     return net.eval()
 
@@ -255,7 +271,7 @@ def test_every_method(name, patterns_on):
     more = [{"sampling": "conditional"}] if "sampling" in inspect.signature(kind).parameters else []
 
     def compute(device):
-        net = pb.core.canonical.canonical(small_network(), small_images()[:1]).to(device)
+        net = canonical(small_network(), small_images()[:1]).to(device)
         images = small_images().to(device)
         moments = pb.collect_moments(net, [images], gram=False)
         patterns = dict(pb.fit_patterns(net, moments))
@@ -263,8 +279,6 @@ def test_every_method(name, patterns_on):
             patterns = {k: type(p)(*(t.cpu() for t in vars(p).values())) for k, p in patterns.items()}
         found = []
         for extra in ({}, *more):
-            from functools import partial
-
             method = create(partial(kind, **settings, **extra), net, patterns, images[:4])
             for target in (None, 2, torch.arange(3)):
                 found.append(method.attribute(images[:3], target))
@@ -274,11 +288,59 @@ def test_every_method(name, patterns_on):
     on_both(compute)
 
 
+def cifar_files(root, photographs):
+    from tests.test_cifar import write_binary
+
+    return [f"data.root={write_binary(root)}", "data.limit=60"]
+
+
+def folder_files(root, photographs):
+    return [f"data.root={photographs(root)}", "data.size=16"]
+
+
+def imagenet_files(root, photographs):
+    wnids = ("n01440764", "n01443537")
+    for part in ("train", "val"):
+        for wnid in wnids:
+            photographs(root / part / wnid, count=6, classes=0, size=20)
+    torch.save(({wnid: (wnid,) for wnid in wnids}, list(wnids)), root / "meta.bin")
+    return [f"data.root={root}", "data.size=16"]
+
+
+def shard_files(root, photographs):
+    photographs(root / "images")
+    with tarfile.open(root / "all.tar", "w") as shard:
+        for file in sorted((root / "images").rglob("*.jpg")):
+            shard.add(file, f"{file.stem}.jpg")
+            label = tarfile.TarInfo(f"{file.stem}.cls")
+            label.size = 1
+            shard.addfile(label, io.BytesIO(file.parent.name[-1:].encode()))
+    return [f"data.root={root / 'all.tar'}", "data.size=16"]
+
+
 RECIPES = {
-    "digits.Digits": ["data=digits", "data.limit=60"],
-    "toy.Toy": ["data=toy", "model=linear", "data.limit=200"],
+    "cifar.Cifar10": ("cifar10", cifar_files),
+    "digits.Digits": ("digits", lambda *_: ["data.limit=60"]),
+    "folder.Folder": ("folder", folder_files),
+    "known_signal.Known": ("known_signal", lambda *_: ["data.samples=120"]),
+    "shards.Shards": ("shards", shard_files),
+    "toy.Toy": ("toy", lambda *_: ["data.samples=120"]),
+    "vision.ImageNet": ("imagenet", imagenet_files),
 }
-"""How a job with each data set is asked for, in a test's time."""
+"""Each data set's name, and what makes its files and returns the settings of a job on them."""
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_data_set(name, run_job, photographs, tmp_path):
+    assert name in RECIPES, f"data set {name} has no recipe: say in RECIPES how a job on it is asked for"
+    data, files = RECIPES[name]
+    (tmp_path / "data").mkdir()
+    settings = [f"data={data}", *files(tmp_path / "data", photographs), "data.workers=0"]
+    few = ["model=linear", "quiet=true", "model.training.epochs=1", "degradation.images=2", "explanation.images=1"]
+    expected = results_of(run_job(*settings, *few, f"cache.dir={tmp_path / 'host'}"))
+    with pretending():
+        found = results_of(run_job(*settings, *few, f"cache.dir={tmp_path / 'device'}"))
+    equal_results(found, expected)
 
 
 # --- from Python ---
@@ -310,13 +372,13 @@ def test_the_api(tmp_path):
 
 # --- jobs ---
 
-SMALL = ("data.limit=120", "degradation.images=10", "explanation.images=2", "quiet=true", "model.training.epochs=2")
+SMALL = ("data.limit=60", "degradation.images=4", "explanation.images=1", "quiet=true", "model.training.epochs=1")
 JOBS = {
     "closed form": [],
-    "both probes": ["probe=both", "probe.steps=20", "layer=features.*"],
+    "both probes": ["probe=both", "probe.steps=6", "layer=features.*"],
     "where they fire": ["criterion=positive", "probe.neurons=3"],
     "sampled positions": ["moments.positions=0.5"],
-    "bootstrap": ["bootstrap.resamples=2", "bootstrap.chunks=3"],
+    "bootstrap": ["bootstrap.resamples=2", "bootstrap.chunks=2", "layer=features.*"],
     "batch norm": ["model.batch_norm=true", "layer=features.*"],
 }
 
@@ -326,12 +388,53 @@ def results_of(folder):
     return tables, load_file(folder / "patterns.safetensors")
 
 
+def equal_results(found, expected):
+    for name, table in expected[0].items():
+        pd.testing.assert_frame_equal(table, found[0][name], check_exact=True, obj=name)
+    agree(found[1], expected[1])
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_through_lightning(job, run_job, tmp_path):
     more = [*SMALL, *JOBS[job]]
     expected = results_of(run_job(*more, f"cache.dir={tmp_path / 'host'}"))
     with pretending():
         found = results_of(run_job(*more, f"cache.dir={tmp_path / 'device'}"))
-    for name, table in expected[0].items():
-        pd.testing.assert_frame_equal(table, found[0][name], check_exact=True, obj=name)
-    agree(found[1], expected[1])
+    equal_results(found, expected)
+
+
+@pytest.mark.parametrize("command", ["gallery", "sanity"])
+def test_gallery_and_sanity_checks_through_lightning(command, cache_dir, tmp_path):
+    own = {
+        "gallery": ("images=2", "show=[gradient,smoothgrad,pattern_net,pattern_attribution,lrp_z,occlusion]"),
+        "sanity": ("images=2", "refit=20", "directions=3", "show=[gradient,pattern_attribution,lrp_z]"),
+    }[command]
+    run = {"gallery": run_gallery, "sanity": run_sanity}[command]
+    found = []
+    for place in (contextlib.nullcontext, pretending):
+        folder = tmp_path / place.__name__
+        folder.mkdir()
+        settings = [f"cache.dir={folder / 'cache'}", "logger=none", "quiet=true", "data.limit=120"]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose(command, [*settings, "model.training.epochs=1", *own])
+        with place():
+            run(cfg, folder)
+        if command == "gallery":
+            found.append(load_file(folder / "gallery.safetensors"))
+        else:
+            found.append({"sanity": torch.from_numpy(pd.read_csv(folder / "sanity.csv")[["mean", "std"]].to_numpy())})
+    agree(*found)
+
+
+def test_two_processes(configure, run_job, tmp_path):
+    """Each with a device of its own, which no process of theirs can reach but through the host."""
+    more = [*SMALL, f"cache.dir={tmp_path / 'host'}", "data.batch_size=32"]
+    expected = results_of(run_job(*more))
+    more = [*more, f"cache.dir={tmp_path / 'device'}", "trainer=ddp_cpu"]
+    (tmp_path / "two").mkdir()
+    launch(run_there, configure(*more), tmp_path / "two")
+    found = results_of(tmp_path / "two")
+    for name in ("rho", "degradation", "areas"):
+        pd.testing.assert_frame_equal(expected[0][name], found[0][name], rtol=1e-6, atol=1e-7, obj=name)
+    for name, tensor in expected[1].items():
+        torch.testing.assert_close(found[1][name], tensor, msg=name)
