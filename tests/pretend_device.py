@@ -187,6 +187,10 @@ class _OnDevice(DDPStrategy):
     def determine_ddp_device_ids(self) -> None:
         return None
 
+    def setup_distributed(self) -> None:
+        with mock.patch.object(_OnDevice, "root_device", torch.device("cpu")):  # which gloo wants to know
+            super().setup_distributed()
+
 
 def _trainer(made: Any) -> Any:
     """A ``Trainer`` that takes the device for whatever it was asked for."""
@@ -227,9 +231,21 @@ def pretending() -> Iterator[torch.device]:
         mock.patch.object(torch, "as_tensor", elsewhere(as_tensor)),
         mock.patch.object(torch, "autocast", Autocast),
         mock.patch.object(pl, "Trainer", _trainer(trainer)),
+        _new_parameters(),
         _Mode(),
     ):
         yield DEVICE
+
+
+@contextlib.contextmanager
+def _new_parameters() -> Iterator[None]:
+    """Within, a module that is moved or converted gets new parameters: what a wrapper wraps cannot be exchanged."""
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
 def run_there(cfg: Any, folder: Any) -> None:

@@ -291,7 +291,7 @@ def test_every_method(name, patterns_on):
 def cifar_files(root, photographs):
     from tests.test_cifar import write_binary
 
-    return [f"data.root={write_binary(root)}", "data.limit=60"]
+    return [f"data.root={write_binary(root)}", "data.validation=4"]
 
 
 def folder_files(root, photographs):
@@ -331,7 +331,8 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_data_set(name, run_job, photographs, tmp_path):
+def test_every_data_set(name, run_job, photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr("pattern_bench.data.cifar.RECORDS", 4)  # in a file, instead of 10,000
     assert name in RECIPES, f"data set {name} has no recipe: say in RECIPES how a job on it is asked for"
     data, files = RECIPES[name]
     (tmp_path / "data").mkdir()
