@@ -24,6 +24,7 @@ from pattern_bench.core.moments import MEMORY, Moments
 from pattern_bench.core.network import collecting, layers_in_order, select_layers
 from pattern_bench.core.outputs import Logits as Logits
 from pattern_bench.core.outputs import answer, as_logits, targets
+from pattern_bench.core.precision import float32_products
 from pattern_bench.core.quality import CLOSED_FORM, Probe, Target, rho
 from pattern_bench.errors import UserError, did_you_mean
 from pattern_bench.files import Damaged, read_tensors, write_tensors
@@ -56,6 +57,7 @@ class LayerMoments(dict[str, Moments]):
         self.example = example
 
 
+@float32_products()
 def collect_moments(
     model: nn.Module,
     loader: Iterable[Any],
@@ -134,6 +136,7 @@ class Patterns(Mapping[str, Pattern]):
         write_tensors(Path(file), tensors, {"estimator": self.estimator, **marks})
 
 
+@float32_products()
 def fit_patterns(
     model: nn.Module, moments: LayerMoments, estimator: str | Estimator = "a_plus_minus", *, seed: int = 0
 ) -> Patterns:
@@ -225,6 +228,7 @@ def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
     return Patterns(found, metadata.get("estimator", "unknown"), marks)
 
 
+@float32_products()
 def evaluate(
     model: nn.Module,
     patterns: Mapping[str, Pattern],
@@ -320,6 +324,7 @@ def _explained(explanation: Any, model: nn.Module, images: Tensor, target: Tenso
     return found
 
 
+@float32_products()
 def degradation(
     model: nn.Module,
     images: Tensor,
@@ -371,6 +376,7 @@ def degradation(
         }
 
 
+@float32_products()
 def draw_gallery(
     model: nn.Module, images: Tensor, methods: Mapping[str, Any], file: str | Path, target: Tensor | None = None
 ) -> None:

@@ -42,6 +42,7 @@ from pattern_bench.preparation import Setup, prepare
 from pattern_bench.progress import Bar, Stages
 from pattern_bench.record import Record, begin, recorded
 from pattern_bench.streams import fast_layout
+from pattern_bench.trainer import rounding
 
 COLUMNS = (
     "model", "data", "estimator", "method", "check", "layer", "layer_index", "measure", "mean", "std", "n",
@@ -64,6 +65,7 @@ def check_overrides(overrides: Iterable[str]) -> None:
 
 
 @enough_memory()
+@rounding
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Runs both checks, writes their files into ``folder``, and returns the summary.
 

@@ -42,6 +42,7 @@ from pattern_bench.names import plain
 from pattern_bench.preparation import Setup, prepare
 from pattern_bench.progress import Stages
 from pattern_bench.record import Record, begin, recorded
+from pattern_bench.trainer import rounding
 
 FIGURES = ("fig1", "fig4b", "fig5")
 IMAGES = 6
@@ -79,6 +80,7 @@ def check_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
 
 
 @enough_memory()
+@rounding
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Draws one figure into ``folder``, and returns what is shown.
 

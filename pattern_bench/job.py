@@ -18,12 +18,13 @@ from pattern_bench.passes import Met
 from pattern_bench.preparation import Setup, layer_setting, prepare
 from pattern_bench.progress import Stages
 from pattern_bench.record import Record, begin, is_complete, recorded
-from pattern_bench.trainer import joined
+from pattern_bench.trainer import joined, rounding
 
 SUMMARY = "summary.json"
 
 
 @enough_memory()
+@rounding
 def run(cfg: DictConfig, folder: Path) -> None:
     """Runs every stage, and writes each stage's files as soon as they are known. A run that was interrupted goes on
     where it was; one that is complete is left alone.

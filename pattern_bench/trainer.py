@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +22,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from pattern_bench.core.precision import float32_products
 from pattern_bench.errors import UserError
 from pattern_bench.launch import number_from_outside
 from pattern_bench.nodes import watched
@@ -39,7 +41,7 @@ def make_trainer(settings: DictConfig, callbacks: list[pl.Callback], **more: Any
     """
     _quiet_lightning()
     given: Mapping[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
-    given = {name: value for name, value in given.items() if name != "lost_after"}  # see joined
+    given = {name: value for name, value in given.items() if name not in ("lost_after", "tf32")}  # see joined, rounding
     own: dict[str, Any] = {"plugins": [_environment(), _WholeCheckpoints()], "strategy": "auto"}
     if number_from_outside() is not None:
         own["strategy"] = DDPStrategy(timeout=LONGEST_WAIT)
@@ -61,6 +63,27 @@ def make_trainer(settings: DictConfig, callbacks: list[pl.Callback], **more: Any
     # Its loops would take SIGTERM for themselves, and go on to the end of a stage or of the job.
     vars(trainer._signal_connector)["register_signal_handlers"] = lambda: None
     return trainer
+
+
+R = TypeVar("R")
+
+
+def rounding(run: Callable[[DictConfig, Path], R]) -> Callable[[DictConfig, Path], R]:
+    """Makes what takes a configuration and a folder round products of float32 numbers as ``trainer.tf32`` says.
+
+    Raises:
+        UserError: where that is neither true nor false.
+    """
+
+    @functools.wraps(run)
+    def rounded(cfg: DictConfig, folder: Path) -> R:
+        tf32 = cfg.trainer.get("tf32", False)
+        if not isinstance(tf32, bool):
+            raise UserError(f"trainer.tf32={tf32} is not possible: give true or false")
+        with float32_products(tf32):
+            return run(cfg, folder)
+
+    return rounded
 
 
 class _WholeCheckpoints(TorchCheckpointIO):

@@ -146,3 +146,12 @@ def layer_and_input(request):
     x = torch.randn(shape, dtype=torch.float64)
     x = x.relu() + 0.3 * x + 0.2
     return layer, x
+
+
+@pytest.fixture
+def pretend_device():
+    """A device that is none (``pretend_device.py``): what mixes its tensors with the host's is an error."""
+    from pretend_device import pretending
+
+    with pretending() as device:
+        yield device

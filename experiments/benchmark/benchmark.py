@@ -32,6 +32,7 @@ from pattern_bench.core.estimators import Filter, Linear, Pattern, Random, TwoRe
 from pattern_bench.core.layers import Scratch, geometry_of, patches
 from pattern_bench.core.moments import Moments
 from pattern_bench.core.network import collecting, layers_in_order
+from pattern_bench.core.precision import float32_products
 from pattern_bench.core.quality import CLOSED_FORM, Probe, Target, rho
 from pattern_bench.data.folder import FolderPool
 from pattern_bench.data.source import photograph_transform
@@ -281,6 +282,7 @@ def machine(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.system()}"
 
 
+@float32_products()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", help="safetensors with VGG-16's features.*; random otherwise")

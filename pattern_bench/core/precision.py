@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-_OPERATIONS: tuple[Any, ...] = (
-    torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn,
-    torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn,
-)  # fmt: skip
+_cudnn: Any = torch.backends.cudnn
+_onednn: Any = torch.backends.mkldnn
+_ON_GPUS: tuple[Any, ...] = (torch.backends.cuda.matmul, _cudnn.conv, _cudnn.rnn)
+_OPERATIONS: tuple[Any, ...] = (*_ON_GPUS, _onednn.matmul, _onednn.conv, _onednn.rnn)
 _lock = threading.Lock()
 _users = 0
 _before: dict[str, Any] = {}
@@ -49,7 +49,7 @@ def _set(tf32: bool) -> None:
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
     for operation in _OPERATIONS:
-        operation.fp32_precision = "tf32" if tf32 and operation in _OPERATIONS[:3] else "ieee"
+        operation.fp32_precision = "tf32" if tf32 and operation in _ON_GPUS else "ieee"
 
 
 def _state() -> dict[str, Any]:

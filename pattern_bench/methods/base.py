@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.memory import is_out_of_memory
 from pattern_bench.core.network import in_training
+from pattern_bench.core.precision import float32_products
 from pattern_bench.errors import UserError
 
 
@@ -70,6 +71,7 @@ class Method:
         self._check_model()
         self._check_inputs(inputs)
         with (
+            float32_products(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(inputs.device.type, enabled=False),
