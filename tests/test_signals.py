@@ -64,7 +64,7 @@ def ends_and_goes_on(tmp_path, undisturbed, number, stage, *several):
     assert code == 128 + number, err
     assert time.time() - (tmp_path / "mark").stat().st_mtime < 10  # five, and what a busy machine adds
     line = f"stopped by {number.name}: go on with python -m pattern_bench resume=run"
-    assert err.strip().splitlines()[-1] == line
+    assert line in err.splitlines()
     assert err.count("stopped by") == 1
     assert "Traceback" not in err
     assert not [*tmp_path.glob("pattern_bench-*")]
