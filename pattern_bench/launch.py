@@ -116,6 +116,7 @@ def _start(count: int, job: Job, config: Any, folder: Path, log_config: Any) -> 
         if name.startswith(("torch.distributed.", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="pattern_bench-") as notes:
+        stopping.scratch.add(notes)
         how = LaunchConfig(
             1, 1, count, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
             local_addr="127.0.0.1", max_restarts=0, shutdown_timeout=SECONDS_TO_CLOSE,

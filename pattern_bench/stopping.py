@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -19,13 +20,17 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 OBEYED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SECONDS = 4.0
+SECONDS = 4.5
 SECONDS_LAUNCHED = 3.0
 """Of a process that another waits for, which has its own seconds."""
+SECONDS_WITH_NOTHING_TO_KEEP = 1.5
+"""Of such a process outside of a loop that keeps its state, such as one that waits for another in an exchange."""
 SECONDS_FOR_A_BATCH = 2.0
 """For a loop to come to the end of a batch, where its sums are whole and can be kept."""
 
 Tell = Callable[[int], None]
+scratch: set[str] = set()
+"""Temporary folders that are removed however the process ends."""
 _number = 0
 _looking = 0
 _active = False
@@ -94,8 +99,7 @@ def obeyed(tell: Tell, launched: bool = False) -> Iterator[None]:
     before = {number: signal.signal(number, _handle) for number in (*OBEYED, signal.SIGALRM)}
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     tell = _once(tell)
-    seconds = SECONDS_LAUNCHED if launched else SECONDS
-    threading.Thread(target=_watch, args=(reader, tell, seconds, launched), daemon=True).start()
+    threading.Thread(target=_watch, args=(reader, tell, launched), daemon=True).start()
     _active = True
     try:
         yield
@@ -125,7 +129,7 @@ def _handle(number: int, _: object) -> None:
         raise Stopped(_number)
 
 
-def _watch(reader: int, tell: Tell, seconds: float, launched: bool) -> None:
+def _watch(reader: int, tell: Tell, launched: bool) -> None:
     """Waits for a signal, and ends the process that is still here then; at the second one at once."""
     first, deadline = 0, None
     while True:
@@ -140,7 +144,8 @@ def _watch(reader: int, tell: Tell, seconds: float, launched: bool) -> None:
             return
         for number in (number for number in come if number in OBEYED):
             if deadline is None:
-                first, deadline = number, time.monotonic() + seconds
+                of_launched = SECONDS_LAUNCHED if _looking else SECONDS_WITH_NOTHING_TO_KEEP
+                first, deadline = number, time.monotonic() + (of_launched if launched else SECONDS)
             elif not launched:
                 _end(first, tell)
 
@@ -156,6 +161,8 @@ def end_at_once(code: int) -> NoReturn:
         os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
     for child in multiprocessing.active_children():
         child.kill()
+    for folder in scratch:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(code)
 
 

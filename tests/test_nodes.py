@@ -113,7 +113,7 @@ def test_a_host_that_is_lost_ends_the_job_on_the_other(hosts, start, alone, tmp_
     until = time.monotonic() + 120
     while not mark.exists():
         assert time.monotonic() < until
-        assert [process.poll() for process in job] == [None, None]
+        assert [process.poll() for process in job] == [None, None], [ended(process) for process in job]
         time.sleep(0.2)
     time.sleep(1.5 * LOST_AFTER)
     assert [process.poll() for process in job] == [None, None]  # busy is not lost
@@ -132,8 +132,9 @@ def test_a_host_that_is_lost_ends_the_job_on_the_other(hosts, start, alone, tmp_
         assert f"error: lost process {numbers} on {host}, of 4 processes: " in err
         if lost == "vanished":
             assert f"not answered for {LOST_AFTER} s (trainer.lost_after)" in err
-            *_, other = ended(job[which], 120)
-            assert other.count("error: lost process 0 on hosta") == 1
+    if lost == "vanished":  # there torchrun itself goes on to wait for the other host
+        *_, other = ended(job[which], 120)
+        assert other.count("error: lost process 0 on hosta") == 1
     assert not [*(tmp_path / "tmp0").glob("pattern_bench-*"), *(tmp_path / "tmp1").glob("pattern_bench-*")]
     assert hosts.processes() == []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

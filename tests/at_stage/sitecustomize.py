@@ -1,7 +1,7 @@
 """On the path of a process, lets it do what ``AT_STAGE`` says (``STAGE:ACTION``) where that stage of a job begins.
 
 Actions: ``wait`` lets the first process wait there for a minute, as if it had much to compute alone, once it has left
-the file ``MARK``; ``signal N`` sends the signal to whoever started it.
+the file ``MARK``; ``signal N`` sends the signal to this process, or to the one that started it and others.
 """
 
 import importlib.abc
@@ -19,7 +19,7 @@ def act(stage):
         if action == "wait":
             time.sleep(60)
         else:
-            os.kill(os.getppid(), int(action.split()[1]))
+            os.kill(os.getppid() if "RANK" in os.environ else os.getpid(), int(action.split()[1]))
 
 
 class Loader(importlib.machinery.SourceFileLoader):
