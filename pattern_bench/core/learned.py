@@ -60,21 +60,29 @@ class _Memory:
     shifts: Tensor | None = None
     product: bool = False
     """Whether an image's values were multiplied by learned ones to make it."""
+    shifted: bool = False
+    """Whether learned values were added to an image's to make it."""
     readers: int = 0
     parents: list[_Memory] = field(default_factory=list)
 
     def is_summed_product(self) -> bool:
         """Whether it is, or was made of, a product that nothing else has read than what leads to the reader at hand."""
+        return any(memory.product for memory in self.sources(lambda memory: memory.readers <= 1))
+
+    def squared(self) -> None:
+        """Takes note that it was multiplied by itself: learned values that were added are multiplied by the image's."""
+        for memory in self.sources(lambda _: True):
+            memory.product |= memory.shifted
+
+    def sources(self, through: Callable[[_Memory], bool]) -> Iterator[_Memory]:
+        """It and what it was made of, along those that ``through`` lets pass."""
         seen, memories = set(), [self]
         while memories:
             memory = memories.pop()
-            if id(memory) in seen or memory.readers > 1:
-                continue
-            seen.add(id(memory))
-            if memory.product:
-                return True
-            memories += memory.parents
-        return False
+            if id(memory) not in seen and through(memory):
+                seen.add(id(memory))
+                yield memory
+                memories += memory.parents
 
 
 class LearnedWeights(TorchDispatchMode):
@@ -180,6 +188,7 @@ class LearnedWeights(TorchDispatchMode):
             if changes:
                 memory.readers = 0
             memory.product |= product
+            memory.shifted |= shifts is not None and any(self.kind(operand) == LEARNED for operand in operands)
             memory.parents += [m for m in read.values() if m is not memory and m.kind == IMAGE]
         return output
 
@@ -216,7 +225,7 @@ class LearnedWeights(TorchDispatchMode):
         if varies:
             self.sums.append((self.memory(t), self.refusal(name)))
         if name == "linalg_vector_norm" and self._run_on(func, args, kwargs, t, "shifts", results)[1]:
-            self.memory(t).product = True
+            self.memory(t).squared()
             self.sums.append((self.memory(t), self.refusal(name)))
         return [(f, None, False) for f in factors]
 
@@ -246,7 +255,7 @@ class LearnedWeights(TorchDispatchMode):
         elif shifts is not None and _squares(name, args):
             factors, shifts = _joined([factors, shifts]), None
             for t in image:
-                self.memory(t).product = True  # of differences, unless these have other readers
+                self.memory(t).squared()
         return _expanded(factors, result), _expanded(shifts, result), product
 
     def _all(self, tensors: list[Tensor], which: str) -> list[Tensor | None]:
@@ -319,7 +328,7 @@ class LearnedWeights(TorchDispatchMode):
             difference = (one * second - first.square()).abs()
             varies |= bool((difference > 1e-5 * first.square().clamp(min=1e-12)).any())
             found.append(torch.where(one != 0, first / one, 0.0))
-        return found, varies
+        return [None] * len(results) if varies else found, varies
 
     @staticmethod
     def _is_elementwise(run: Callable[[Tensor], list[Any]], c: Tensor) -> bool:
