@@ -1,17 +1,18 @@
 """Learned weights outside of Conv and Linear layers: which of them sum inputs, so that there are neurons in them.
 
-Everything that torch computes in a forward pass is watched, whatever Python or C++ it comes from. What a tensor holds is
-one of three kinds: what depends on the image, what depends on parameters alone (learned), and constants. An operation on
-an image's values and learned ones is
+Everything that torch computes in a forward pass is watched, whatever Python or C++ it comes from. What a tensor holds
+is one of three kinds: what depends on the image, what depends on parameters alone (learned), and constants. An
+operation on an image's values and learned ones is
 
 - elementwise, and so no neuron by itself: layer scale, the affine part of a norm, position embeddings;
 - something that moves values, such as a concatenation with class tokens;
-- or anything else, a product of matrices, a convolution, a distance, an operation of another library: refused.
+- or anything else (a product of matrices, a convolution, a distance, an operation of another library): refused.
 
-An elementwise product becomes a neuron once it is summed. So each value remembers which learned values it was multiplied
-by, as a number, its factor: next to every storage lies another of its size. A sum over values with different factors is
-refused where it is the only reader of the product; where the product goes on, the sum is a statistic of it, as the mean
-in a norm that is written out. Whether an operation sums over different factors is found by letting it run on them.
+An elementwise product becomes a neuron once it is summed. So each value remembers which learned values it was
+multiplied by, as a number, its factor: next to every storage lies another of its size. A sum over values with
+different factors is refused where it is the only reader of the product; where the product goes on, the sum is a
+statistic of it, as the mean in a norm that is written out. Whether an operation sums over different factors is found
+by letting it run on them.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ _ADDED = ("bias", "attn_mask", "attn_bias")
 
 @dataclass
 class _Memory:
-    """What is known of a storage. ``factors`` and ``shifts`` (elements,) hold, for every element, a number for the learned
-    values that it was multiplied by, or that were added to it; 0 for none."""
+    """What is known of a storage. ``factors`` and ``shifts`` (elements,) hold, for every element, a number for the
+    learned values that it was multiplied by, or that were added to it; 0 for none."""
 
     storage: Any  # kept, so that no other storage takes its place
     kind: int = CONSTANT
@@ -147,7 +148,8 @@ class LearnedWeights(TorchDispatchMode):
                 return
             elements = memory.storage.nbytes() // t.element_size()
             setattr(memory, which, torch.zeros(elements, dtype=torch.float64, device=t.device))
-        self.read(t, which).copy_(0.0 if values is None else values)  # type: ignore[union-attr]
+        own: Any = self.read(t, which)
+        own.copy_(own.new_zeros(()) if values is None else values)
 
     def numbers(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Numbers between 1 and 2, no two the same."""
@@ -276,6 +278,7 @@ class LearnedWeights(TorchDispatchMode):
 
     def _shadows(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> list[Tensor | None]:
         """The factors of learned values that were made of others: what the operation makes of theirs."""
+
         def factors(t: Tensor) -> Tensor | None:
             if not t.is_floating_point():
                 return None
@@ -306,6 +309,7 @@ class LearnedWeights(TorchDispatchMode):
         c = self.read(t, which)
         if c is None or not c.any():
             return [None] * len(results), False
+
         def run(power: Tensor) -> list[Any]:
             def instead(x: Tensor) -> Tensor | None:
                 if x is t or not x.is_floating_point():
@@ -340,9 +344,7 @@ class LearnedWeights(TorchDispatchMode):
             return False
         return torch.allclose(found[0].flatten()[order], mixed[0].flatten(), rtol=1e-9, atol=0.0)
 
-    def _run(
-        self, func: Any, args: Any, kwargs: Any, instead: Callable[[Tensor], Tensor | None]
-    ) -> list[Any]:
+    def _run(self, func: Any, args: Any, kwargs: Any, instead: Callable[[Tensor], Tensor | None]) -> list[Any]:
         """What an operation makes of other values; nothing where it does not take them."""
 
         def replaced(t: Tensor) -> Tensor:
@@ -378,8 +380,7 @@ def _repeated(t: Tensor, shape: torch.Size) -> int:
     """How many dimensions of ``shape`` the values of ``t`` are repeated along, but for the images'."""
     sizes, strides = [1] * (len(shape) - t.ndim) + list(t.shape), [0] * (len(shape) - t.ndim) + list(t.stride())
     return sum(
-        wanted > 1 and (size == 1 or stride == 0)
-        for wanted, size, stride in zip(shape, sizes, strides, strict=True)
+        wanted > 1 and (size == 1 or stride == 0) for wanted, size, stride in zip(shape, sizes, strides, strict=True)
     )
 
 
