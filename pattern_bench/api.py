@@ -21,7 +21,7 @@ from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Estimator, Pattern
 from pattern_bench.core.layers import Scratch
 from pattern_bench.core.moments import MEMORY, Moments
-from pattern_bench.core.network import collecting, layers_in_order, select_layers
+from pattern_bench.core.network import collecting, layers_in_order, refuse_training, select_layers
 from pattern_bench.core.outputs import Logits as Logits
 from pattern_bench.core.outputs import answer, as_logits, targets
 from pattern_bench.core.precision import float32_products
@@ -41,6 +41,7 @@ _canonical: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module]] = WeakKeyDiction
 
 def canonical_form(model: nn.Module, example: Tensor) -> nn.Module:
     """The network in canonical form (``core.canonical``), kept until its weights or the images' shape change."""
+    refuse_training(model)
     tensors = [*model.parameters(), *model.buffers()]
     stamp = (tuple(example.shape[1:]), tuple((id(t), t._version, t.data_ptr()) for t in tensors))
     kept = _canonical.get(model)

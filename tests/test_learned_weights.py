@@ -1,4 +1,4 @@
-"""Learned weights outside of Conv and Linear layers: what sums inputs with them is refused by name, what does not runs."""
+"""Learned weights outside of Conv and Linear layers: what sums inputs with them is refused, what does not runs."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ class Product(torch.autograd.Function):
 
 
 class Net(nn.Module):
-    """``head`` makes of features f (B, 8, 6, 6), their means g (B, 8) and the network's own parameters what it puts out."""
+    """``head`` makes outputs of the network, its features (B, 8, 6, 6) and their means (B, 8)."""
 
     def __init__(self, head):
         super().__init__()
@@ -63,7 +63,8 @@ SUMS = {
     "product and mean": (lambda n, f, g: (n.matrix * g[:, None] + 1).mean(-1), "mean"),
     "product in place": (lambda n, f, g: g[:, None].repeat(1, 5, 1).mul_(n.matrix).sum(-1), "sum"),
     "product into a part": (
-        lambda n, f, g: (lambda y: (y[:, 2:6].mul_(n.scale[2:6]), n.fc(g) + y.sum(1, keepdim=True))[1])(g.clone()), "sum"
+        lambda n, f, g: (lambda y: (y[:, 2:6].mul_(n.scale[2:6]), n.fc(g) + y.sum(1, keepdim=True))[1])(g.clone()),
+        "sum",
     ),
     "through an activation": (lambda n, f, g: (g[:, None] * n.matrix).tanh().sum(-1), "sum"),
     "with a constant matrix": (lambda n, f, g: (g[:, None] * n.matrix) @ torch.ones(8), "matmul"),
@@ -125,10 +126,14 @@ ELEMENTWISE = {
             F.layer_norm(t, (8,), n.scale), t, t, attn_mask=n.place[0, 0].flatten().expand(36, 36)
         ))(f.flatten(2).mT).mean(1)
     ),
-    "gate": lambda n, f, g: n.fc((f * n.fc(g).mean(1)[:, None, None, None].sigmoid() * n.scale[:, None, None]).mean((2, 3))),
+    "gate": lambda n, f, g: n.fc(
+        (f * n.fc(g).mean(1)[:, None, None, None].sigmoid() * n.scale[:, None, None]).mean((2, 3))
+    ),
     "normalised sum": lambda n, f, g: n.fc(F.normalize(f + n.place, dim=1).mean((2, 3))),
     "temperature": lambda n, f, g: n.fc(F.normalize(g, dim=1)) * n.scale[0],
-    "power mean": lambda n, f, g: n.fc(F.avg_pool2d(f.clamp(min=1e-6).pow(n.scale[0]), 6).pow(1 / n.scale[0]).flatten(1)),
+    "power mean": lambda n, f, g: n.fc(
+        F.avg_pool2d(f.clamp(min=1e-6).pow(n.scale[0]), 6).pow(1 / n.scale[0]).flatten(1)
+    ),
     "fixed blur of scaled maps": lambda n, f, g: n.fc(
         F.conv2d(f * n.scale[:, None, None], torch.ones(8, 1, 2, 2), groups=8).mean((2, 3))
     ),

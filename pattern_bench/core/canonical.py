@@ -36,6 +36,7 @@ ROUNDINGS = 30
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution", "linear")
 
+
 @float32_products()
 def canonical(model: nn.Module, example: Tensor) -> nn.Module:
     """A copy in evaluation mode, without gradients, that computes the same outputs from plain layers.
@@ -304,7 +305,7 @@ def _plain(layer: Layer, x: Tensor) -> Layer | None:
         plain.bias = nn.Parameter(bias.detach().clone())
     if isinstance(plain, PaddedConv2d) and not _at_other_sizes(plain, layer, x):
         plain.same = True
-        if not _at_other_sizes(plain, layer, x):
+        if not (_declares(plain, x, layer.forward(x)) and _at_other_sizes(plain, layer, x)):
             plain.same, plain.only = False, tuple(x.shape[2:])
     return plain.eval().requires_grad_(False)
 
@@ -346,8 +347,8 @@ class _Walk(TorchFunctionMode):
         kind = type(module).__name__ if name else self.model
         return UserError(
             f"model={self.model}: module {name or 'at the root'} ({kind}) multiplies by learned weights in "
-            f"{self.function or function}, outside any Conv or Linear module, so its neurons would be left out: rewrite it "
-            "with nn.Conv1d, nn.Conv2d, nn.Conv3d or nn.Linear modules, or choose another model"
+            f"{self.function or function}, outside any Conv or Linear module, so its neurons would be left out: "
+            "rewrite it with nn.Conv1d, nn.Conv2d, nn.Conv3d or nn.Linear modules, or choose another model"
         )
 
     def enter(self, name: str, module: nn.Module) -> None:

@@ -1,17 +1,18 @@
 """Learned weights outside of Conv and Linear layers: which of them sum inputs, so that there are neurons in them.
 
-Everything that torch computes in a forward pass is watched, whatever Python or C++ it comes from. What a tensor holds is
-one of three kinds: what depends on the image, what depends on parameters alone (learned), and constants. An operation on
-an image's values and learned ones is
+Everything that torch computes in a forward pass is watched, whatever Python or C++ it comes from. What a tensor holds
+is one of three kinds: what depends on the image, what depends on parameters alone (learned), and constants. An
+operation on an image's values and learned ones is
 
 - elementwise, and so no neuron by itself: layer scale, the affine part of a norm, position embeddings;
 - something that moves values, such as a concatenation with class tokens;
-- or anything else, a product of matrices, a convolution, a distance, an operation of another library: refused.
+- or anything else (a product of matrices, a convolution, a distance, an operation of another library): refused.
 
-An elementwise product becomes a neuron once it is summed. So each value remembers which learned values it was multiplied
-by, as a number, its factor: next to every storage lies another of its size. A sum over values with different factors is
-refused where it is the only reader of the product; where the product goes on, the sum is a statistic of it, as the mean
-in a norm that is written out. Whether an operation sums over different factors is found by letting it run on them.
+An elementwise product becomes a neuron once it is summed. So each value remembers which learned values it was
+multiplied by, as a number, its factor: next to every storage lies another of its size. A sum over values with
+different factors is refused where it is the only reader of the product; where the product goes on, the sum is a
+statistic of it, as the mean in a norm that is written out. Whether an operation sums over different factors is found
+by letting it run on them.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ _ADDED = ("bias", "attn_mask", "attn_bias")
 
 @dataclass
 class _Memory:
-    """What is known of a storage. ``factors`` and ``shifts`` (elements,) hold, for every element, a number for the learned
-    values that it was multiplied by, or that were added to it; 0 for none."""
+    """What is known of a storage. ``factors`` and ``shifts`` (elements,) hold, for every element, a number for the
+    learned values that it was multiplied by, or that were added to it; 0 for none."""
 
     storage: Any  # kept, so that no other storage takes its place
     kind: int = CONSTANT
@@ -60,21 +61,29 @@ class _Memory:
     shifts: Tensor | None = None
     product: bool = False
     """Whether an image's values were multiplied by learned ones to make it."""
+    shifted: bool = False
+    """Whether learned values were added to an image's to make it."""
     readers: int = 0
     parents: list[_Memory] = field(default_factory=list)
 
     def is_summed_product(self) -> bool:
         """Whether it is, or was made of, a product that nothing else has read than what leads to the reader at hand."""
+        return any(memory.product for memory in self.sources(lambda memory: memory.readers <= 1))
+
+    def squared(self) -> None:
+        """Takes note that it was multiplied by itself: learned values that were added are multiplied by the image's."""
+        for memory in self.sources(lambda _: True):
+            memory.product |= memory.shifted
+
+    def sources(self, through: Callable[[_Memory], bool]) -> Iterator[_Memory]:
+        """It and what it was made of, along those that ``through`` lets pass."""
         seen, memories = set(), [self]
         while memories:
             memory = memories.pop()
-            if id(memory) in seen or memory.readers > 1:
-                continue
-            seen.add(id(memory))
-            if memory.product:
-                return True
-            memories += memory.parents
-        return False
+            if id(memory) not in seen and through(memory):
+                seen.add(id(memory))
+                yield memory
+                memories += memory.parents
 
 
 class LearnedWeights(TorchDispatchMode):
@@ -139,7 +148,8 @@ class LearnedWeights(TorchDispatchMode):
                 return
             elements = memory.storage.nbytes() // t.element_size()
             setattr(memory, which, torch.zeros(elements, dtype=torch.float64, device=t.device))
-        self.read(t, which).copy_(0.0 if values is None else values)  # type: ignore[union-attr]
+        own: Any = self.read(t, which)
+        own.copy_(own.new_zeros(()) if values is None else values)
 
     def numbers(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Numbers between 1 and 2, no two the same."""
@@ -180,6 +190,7 @@ class LearnedWeights(TorchDispatchMode):
             if changes:
                 memory.readers = 0
             memory.product |= product
+            memory.shifted |= shifts is not None and any(self.kind(operand) == LEARNED for operand in operands)
             memory.parents += [m for m in read.values() if m is not memory and m.kind == IMAGE]
         return output
 
@@ -216,7 +227,7 @@ class LearnedWeights(TorchDispatchMode):
         if varies:
             self.sums.append((self.memory(t), self.refusal(name)))
         if name == "linalg_vector_norm" and self._run_on(func, args, kwargs, t, "shifts", results)[1]:
-            self.memory(t).product = True
+            self.memory(t).squared()
             self.sums.append((self.memory(t), self.refusal(name)))
         return [(f, None, False) for f in factors]
 
@@ -246,7 +257,7 @@ class LearnedWeights(TorchDispatchMode):
         elif shifts is not None and _squares(name, args):
             factors, shifts = _joined([factors, shifts]), None
             for t in image:
-                self.memory(t).product = True  # of differences, unless these have other readers
+                self.memory(t).squared()
         return _expanded(factors, result), _expanded(shifts, result), product
 
     def _all(self, tensors: list[Tensor], which: str) -> list[Tensor | None]:
@@ -267,6 +278,7 @@ class LearnedWeights(TorchDispatchMode):
 
     def _shadows(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> list[Tensor | None]:
         """The factors of learned values that were made of others: what the operation makes of theirs."""
+
         def factors(t: Tensor) -> Tensor | None:
             if not t.is_floating_point():
                 return None
@@ -297,6 +309,7 @@ class LearnedWeights(TorchDispatchMode):
         c = self.read(t, which)
         if c is None or not c.any():
             return [None] * len(results), False
+
         def run(power: Tensor) -> list[Any]:
             def instead(x: Tensor) -> Tensor | None:
                 if x is t or not x.is_floating_point():
@@ -319,7 +332,7 @@ class LearnedWeights(TorchDispatchMode):
             difference = (one * second - first.square()).abs()
             varies |= bool((difference > 1e-5 * first.square().clamp(min=1e-12)).any())
             found.append(torch.where(one != 0, first / one, 0.0))
-        return found, varies
+        return [None] * len(results) if varies else found, varies
 
     @staticmethod
     def _is_elementwise(run: Callable[[Tensor], list[Any]], c: Tensor) -> bool:
@@ -331,9 +344,7 @@ class LearnedWeights(TorchDispatchMode):
             return False
         return torch.allclose(found[0].flatten()[order], mixed[0].flatten(), rtol=1e-9, atol=0.0)
 
-    def _run(
-        self, func: Any, args: Any, kwargs: Any, instead: Callable[[Tensor], Tensor | None]
-    ) -> list[Any]:
+    def _run(self, func: Any, args: Any, kwargs: Any, instead: Callable[[Tensor], Tensor | None]) -> list[Any]:
         """What an operation makes of other values; nothing where it does not take them."""
 
         def replaced(t: Tensor) -> Tensor:
@@ -369,8 +380,7 @@ def _repeated(t: Tensor, shape: torch.Size) -> int:
     """How many dimensions of ``shape`` the values of ``t`` are repeated along, but for the images'."""
     sizes, strides = [1] * (len(shape) - t.ndim) + list(t.shape), [0] * (len(shape) - t.ndim) + list(t.stride())
     return sum(
-        wanted > 1 and (size == 1 or stride == 0)
-        for wanted, size, stride in zip(shape, sizes, strides, strict=True)
+        wanted > 1 and (size == 1 or stride == 0) for wanted, size, stride in zip(shape, sizes, strides, strict=True)
     )
 
 

@@ -169,8 +169,10 @@ class Logits(nn.Module):
 
     def __init__(self, network: nn.Module, output: Output = None) -> None:
         super().__init__()
+        network = unwrapped(network)
         if isinstance(network, Logits):
-            network, output = network._network, network._output if output is None else output
+            output = network._output if output is None else output
+            network = network.__dict__["_network"]
         self.__dict__["_network"], self._output = network, output
         for shared in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[shared] = network.__dict__[shared]
