@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,11 @@ from pattern_bench.telling import tells
 
 HERE = Path(__file__).parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
+# In addresses: a password before the host, or a signature after the path. Hydra writes down what it is given.
+_CREDENTIALS = re.compile(
+    r"\w://[^/\s@'\"]*:[^/\s@'\"]+@|\w://[^\s'\"]*[?&][^=&]*(signature|token|secret|password|credential|api_?key)[^=&]*=",
+    re.IGNORECASE,
+)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -53,9 +59,14 @@ def arguments(given: list[str], module: str = "pattern_bench") -> list[str]:
     torchrun or srun started beside the first leaves nothing of its own.
 
     Raises:
-        UserError: where ``DIR`` is no run's folder, or says what no folder may, or a sweep is started in several
-            processes.
+        UserError: where an address has credentials in it, ``DIR`` is no run's folder or says what no folder may, or a
+            sweep is started in several processes.
     """
+    if secret := next((argument for argument in given if _CREDENTIALS.search(argument)), None):
+        raise UserError(
+            f"{secret.partition('=')[0]} has credentials in it, which would be written down: leave them out of the "
+            "address, and put them into ~/.netrc or the environment"
+        )
     kept = [argument for argument in given if not argument.startswith("resume=")]
     folders = [folder_of(argument) for argument in given if argument.startswith("resume=")]
     if folders and folders[-1] not in ("", "null"):

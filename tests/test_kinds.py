@@ -54,7 +54,8 @@ def test_other_names_are_not_hidden(name):
 
 
 WRITTEN = {".jpg": "JPEG", ".jfif": "JPEG", ".jpe": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".tga": "TGA",
-           ".bmp": "BMP", ".dib": "DIB", ".png": "PNG", ".apng": "PNG", ".ppm": "PPM", ".pcx": "PCX", ".ico": "ICO", ".tif": "TIFF",
+           ".bmp": "BMP", ".dib": "DIB", ".png": "PNG", ".apng": "PNG", ".ppm": "PPM", ".pcx": "PCX", ".ico": "ICO",
+           ".tif": "TIFF",
            ".sgi": "SGI", ".rgb": "SGI", ".dds": "DDS", ".qoi": "QOI", ".im": "IM", ".mpo": "MPO"}  # fmt: skip
 WRITTEN |= {".avif": "AVIF"} if features.check("avif") else {}
 WRITTEN |= {".jp2": "JPEG2000", ".j2k": "JPEG2000"} if features.check("jpg_2000") else {}

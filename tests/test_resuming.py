@@ -150,7 +150,7 @@ def test_a_folder_is_taken_by_its_very_name(tmp_path, name):
 def make_multirun(folder, task, own=()):
     overrides = {"task": list(task), "hydra": list(own)}
     content = {"hydra": {"job": {"name": "pattern_bench"}, "overrides": overrides,
-                         "sweeper": {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"}}}  # fmt: skip
+                         "sweeper": {"_target_": "hydra.x.BasicSweeper"}}}  # fmt: skip
     folder.mkdir()
     (folder / "multirun.yaml").write_text(yaml.safe_dump(content))
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pattern_bench.cache import Cache
 from pattern_bench.data.decode import decode
 from pattern_bench.data.kinds import OTHER_IMAGES, counted, suffixes
 from pattern_bench.data.listing import Names, list_images
+from pattern_bench.data.remote import plain
 from pattern_bench.data.source import Pool, Source, photograph_transform
 from pattern_bench.errors import UserError
 
@@ -38,9 +40,10 @@ class FolderPool(Pool):
     ids: Names
 
     def __init__(self, root: str, setting: str, cache: Cache | None = None, strict: bool = False) -> None:
-        self.root = Path(root).expanduser()
+        self.root = Path(os.path.expanduser(root))  # Path's own raises where there is no such user
         if not self.root.is_dir():
-            raise UserError(f"{setting}={root} is not a folder: give the path of a folder of images")
+            hint = ", or with data=shards the address of shards" if "://" in root else ""
+            raise UserError(f"{setting}={plain(root)} is not a folder: give the path of a folder of images{hint}")
         listing = list_images(self.root, cache)
         said = counted(listing.left_out)
         if not listing.names:

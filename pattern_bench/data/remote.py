@@ -22,11 +22,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
+from pattern_bench.data.kinds import is_hidden
 from pattern_bench.errors import UserError
 from pattern_bench.writing import write_file
 
@@ -36,6 +37,15 @@ T = TypeVar("T")
 WAITS = (1.0, 4.0)
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _URL = re.compile(r"(\w+://)(?:[^/@\s'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?")
+# fsspec's file systems that are made of another one, or of files that say where the rest is; some unpickle.
+_WRAPPERS = frozenset(
+    (
+        "reference", "filecache", "simplecache", "blockcache", "cached", "dask", "dir", "generic", "zip", "tar",
+        "libarchive", "git", "data", "asyncwrapper", "async_wrapper", "jupyter", "jlab", "memory",
+    )
+)  # fmt: skip
+MOST_FILES = 1_000_000
+"""That braces may stand for."""
 # What file systems call that which changes with the content.
 _VERSIONS = (
     "ETag",
@@ -107,6 +117,8 @@ def _braces(pattern: str) -> Iterator[str]:
     first, last, choices = match.groups()
     if choices is None:
         width = len(first) if first.startswith("0") else 0
+        if int(last) - int(first) > MOST_FILES:
+            raise UserError(f"{plain(pattern)} means {int(last) - int(first) + 1} files: give {MOST_FILES} at most")
         values = [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
     else:
         values = choices.split(",")
@@ -119,13 +131,19 @@ def _is_url(place: str) -> bool:
 
 
 def _matches(place: str, ending: str, setting: str) -> list[str]:
-    place = place.removeprefix("file://")
+    place = _local(place)
     if place.startswith("pipe:"):
         raise UserError(f"{setting}={plain(place)} would run a command: give a path or a URL instead")
     if not _is_url(place):
-        path = Path(place).expanduser()
+        path = Path(os.path.expanduser(place))  # Path's own raises where there is no such user
         if path.is_dir():
-            return sorted(str(file) for file in path.glob(f"*{ending}") if not file.name.startswith("."))
+            return sorted(str(file) for file in path.glob(f"*{ending}") if not is_hidden(file.name))
+    elif "::" in place or place.partition("://")[0].lower() in _WRAPPERS:
+        raise UserError(
+            f"{setting}={plain(place)} is a file system upon another: give the path of files on this machine, or the "
+            "address of files on a server or in a store"
+        )
+    if not _is_url(place):
         return sorted(glob.glob(str(path))) if glob.has_magic(str(path)) and not path.exists() else [str(path)]
     address = urlsplit(place)
     if address.password or (address.username and place.startswith("http")):
@@ -139,6 +157,16 @@ def _matches(place: str, ending: str, setting: str) -> list[str]:
     files, pattern = _filesystem(place, setting)
     found = _attempt(lambda: files.glob(pattern), f"{setting}={plain(place)}")
     return sorted(str(files.unstrip_protocol(name)) for name in found)
+
+
+def _local(place: str) -> str:
+    """The path that a ``file:`` URL means, written with one, two or three slashes, percent signs or none."""
+    scheme, colon, rest = place.partition(":")
+    if not colon or scheme.lower() not in ("file", "local") or not rest.startswith("/"):
+        return place
+    path = rest.removeprefix("//").removeprefix("localhost") if rest.startswith("//localhost/") else rest
+    path = path.removeprefix("//") if path.startswith("//") else path
+    return path if os.path.exists(path) else unquote(path)
 
 
 def describe(places: Sequence[str], setting: str) -> list[File]:
@@ -155,8 +183,9 @@ def _describe(place: str, setting: str) -> File:
     if not _is_url(place):
         try:
             stat = os.stat(place)
-        except OSError as error:
-            raise UserError(f"{setting}: {place} is not there ({error.strerror}): give the path of a file") from None
+        except (OSError, ValueError) as error:  # the latter for a NUL in the name
+            why = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{setting}: {place} is not there ({why}): give the path of a file") from None
         return File(place, setting, stat.st_size, str(stat.st_mtime_ns), True)
     files, path = _filesystem(place, setting)
     info = _attempt(lambda: files.info(path), f"{setting}: {plain(place)}")
@@ -187,7 +216,7 @@ def _filesystem(place: str, setting: str) -> tuple[Any, str]:
         options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
     try:
         return url_to_fs(place, **options)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # every file system has errors of its own
         raise UserError(f"{setting}={plain(place)} cannot be opened: {plain(str(error))}") from None
 
 

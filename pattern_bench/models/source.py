@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -99,7 +100,7 @@ class ModelSource:
 
 def names_a_file(weights: str) -> bool:
     """Whether ``weights`` is meant as a file rather than the name of pretrained weights."""
-    return Path(weights).suffix != "" or Path(weights).expanduser().exists()
+    return Path(weights).suffix != "" or os.path.exists(os.path.expanduser(weights))
 
 
 def read_weights(file: str) -> dict[str, Tensor]:
@@ -109,7 +110,7 @@ def read_weights(file: str) -> dict[str, Tensor]:
     Raises:
         UserError: where the file is missing or is none of these.
     """
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))  # Path's own raises where there is no such user
     if not path.is_file():
         raise UserError(f"model.weights={file} is not a file: give a safetensors file or a PyTorch state dict")
     kind = "safetensors" if path.suffix == ".safetensors" else "a state dict"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -229,11 +228,9 @@ def _table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
         ValueError: where a column is missing or holds what it cannot.
     """
     # A model may be called null, or NA: only a number can be missing.
-    read = functools.partial(
-        pd.read_csv, file, keep_default_na=False, na_values={column: ["", "nan", "NaN"] for column in TYPES}
-    )
+    missing: dict[str, Any] = {"keep_default_na": False, "na_values": {name: ["", "nan", "NaN"] for name in TYPES}}
     # Names as categories: of a million rows, a million strings would be most of the time and memory.
-    table = read(dtype={column: TYPES.get(column, "category") for column in columns})
+    table = pd.read_csv(file, dtype={column: TYPES.get(column, "category") for column in columns}, **missing)
     if lacking := [column for column in columns if column not in table.columns]:
         raise ValueError(f"{file.name} lacks columns {lacking}: was it written by another version?")
     for column, kind in TYPES.items():
@@ -246,7 +243,8 @@ def _table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
     for column in columns:
         if TYPES.get(column) is None:
             if not all(isinstance(name, str) for name in table[column].cat.categories):  # read as numbers: 007 as 7
-                table[column] = read(dtype={column: str}, usecols=[column])[column].astype("category")
+                text = pd.read_csv(file, dtype={column: object}, usecols=[column], **missing)[column]
+                table[column] = text.astype("category")
             table[column] = table[column].cat.rename_categories(list(map(from_cell, table[column].cat.categories)))
     return table[list(columns)]
 
