@@ -143,7 +143,7 @@ def test_rho_where_neurons_fire_whichever_batch_shows_a_mean(stream):
     assert float((values[0] - values[1]).abs().max()) < 3e-3
 
 
-@pytest.mark.parametrize("shape", [(16, 8, 9, 9), (16, 70), (16, 8, 30), (16, 500, 1, 1), (16, 3, 4, 5, 6)])
+@pytest.mark.parametrize("shape", [(16, 8, 9, 9), (80, 70), (16, 8, 30), (80, 500, 1, 1), (16, 3, 4, 5, 6)])
 def test_what_needs_float64(shape):
     torch.manual_seed(0)
     x = torch.randn(shape)
@@ -152,15 +152,15 @@ def test_what_needs_float64(shape):
     one, channel = x.clone(), x.clone()
     one[3] += 1e3
     channel[:, 2] += 30
-    for large in (x + 30, x - 1e4, 0.001 * x + 1, torch.full(shape, 0.5), one, channel, x[:2]):
-        assert cancels(large) or large.shape != shape  # few images may have samples enough
+    for large in (x + 30, x - 1e4, 0.001 * x + 1, torch.full(shape, 0.5), one, channel):
+        assert cancels(large)
     assert not cancels(one.double())
 
 
 @pytest.mark.parametrize("gram", [True, False])
 def test_a_regime_with_few_samples_is_no_difference_of_large_sums(gram):
-    """Of 4,000 samples one neuron fires for all but 3, one for 3; and one for all but those where its input is zero, which
-    leave no pattern."""
+    """Of 4,000 samples one neuron fires for all but 3, one for 3; and one for all but those where its input is zero,
+    which leave no pattern."""
     torch.manual_seed(0)
     layer = nn.Linear(80, 3).requires_grad_(False)
     x = torch.randn(4000, 80) + 2
@@ -218,8 +218,7 @@ def efficientnet(weights):
     return lite.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file.get_model_file_path()).eval()
 
 
-@pytest.mark.parametrize("weights", ["random", "real"])
-@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize(("weights", "gram"), [("random", True), ("real", True), ("real", False)])
 def test_patterns_of_every_layer_of_an_efficientnet(weights, gram):
     x = torch.randn(8, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     x = x.cumsum(2).cumsum(3)
