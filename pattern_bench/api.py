@@ -112,7 +112,7 @@ def collect_moments(
 
 
 class Patterns(Mapping[str, Pattern]):
-    """Patterns by layer name; each has ``positive`` and ``negative`` in the weight's shape and float64, and ``dead`` (N,)."""
+    """Patterns by layer name; each has ``positive`` and ``negative``, float64 in the weight's shape, and ``dead``."""
 
     def __init__(self, patterns: Mapping[str, Pattern], estimator: str, weights: Mapping[str, str]) -> None:
         self._patterns, self.estimator, self._weights = dict(patterns), estimator, dict(weights)

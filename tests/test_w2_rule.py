@@ -1,4 +1,4 @@
-"""The w²-rule at padded borders: against zennit, by hand, by the sum of its map, and beside PatternAttribution with S_w."""
+"""The w²-rule at padded borders: against zennit, by hand, by its sum, and beside PatternAttribution with S_w."""
 
 import copy
 import itertools
@@ -85,7 +85,7 @@ def test_it_conserves_relevance(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_layer_by_hand(name):
-    """One neuron and position after the other: what it is given, by its squares' shares of those that touch an input."""
+    """One neuron and position after the other: what it is given, by the squares' shares of those on inputs."""
     model, x = network(name)
     layer, relevance, squared = model[0], torch.zeros_like(x), copy.deepcopy(model[0])
     squared.weight.data.square_()

@@ -68,8 +68,8 @@ def _transposed(layer: Layer, weight: Tensor, grad: Tensor, shape: torch.Size) -
 
 
 def _inside(layer: Layer, weight: Tensor, shape: torch.Size) -> Tensor:
-    """The sum of ``weight`` over the taps that lie inside an input of ``shape``, at every position of the output; 1 where
-    it is 0. Padding with anything but zeros is made of the input, and lies inside."""
+    """The sum of ``weight`` over the taps that lie inside an input of ``shape``, at every position of the output, or 1
+    where it is 0. Padding with anything but zeros is made of the input, and lies inside."""
     geometry = geometry_of(layer)
     if not geometry.kernel or not geometry.pads or geometry.padding_mode != "zeros":
         total = weight.flatten(1).sum(1).view(-1, *[1] * len(geometry.kernel))

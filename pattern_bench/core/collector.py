@@ -1,12 +1,12 @@
 """Streams a layer's inputs and outputs into its moments, at the price of a few forward passes.
 
 Per batch, convolution weight gradients give the cross-moments (of x with the gate, and with the positive and the
-negative part of y), and the autocorrelation of the input gives the Gram matrix; with it, Σ x u = (Σ x xᵀ) w is known, and
-the negative part is left out but for neurons that nearly always fire. Small patches and sampled positions are
+negative part of y), and the autocorrelation of the input gives the Gram matrix; with it, Σ x u = (Σ x xᵀ) w is known,
+and the negative part is left out but for neurons that nearly always fire. Small patches and sampled positions are
 unfolded, and everything is a matrix product. The rest follows from identities, because u = wᵀx: Σ u g = wᵀ Σ x g and
 Σ u² g = wᵀ Σ x u g.
 
-A sum over few samples is never left to be the difference of two sums over many: rounding would be all that remains of it.
+A sum over few samples is never left to be the difference of two sums over many: it would be nothing but rounding.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Collector:
     """Sums of one layer over a stream of batches.
 
     Products are taken in the precision of the activations, sums over batches in float64. Of small patches, and of a
-    batch whose mean is large against its deviation, products and u = wᵀx are in float64 too, so that no digit is lost to
-    cancellation; the gate is the network's own.
+    batch whose mean is large against its deviation, products and u = wᵀx are in float64 too, so that no digit is lost
+    to cancellation; the gate is the network's own.
 
     Args:
         layer: Conv1d, Conv2d, Conv3d or Linear.
@@ -108,7 +108,7 @@ class Collector:
         self.g = like.new_zeros(n)
         self.xg, self.x_fired = like.new_zeros(n, d), like.new_zeros(n, d)
         self.wants_gram = gram
-        # The neurons whose sums of x times the negative part of y are taken, None until the first batch tells; and those.
+        # Neurons whose sums of x times the negative part of y are taken (None until the first batch tells), and these.
         self.direct = None if gram and not self.small else torch.arange(n, device=like.device)
         self.x_rested = None if self.direct is None else like.new_zeros(n, d)
         self.gram: Tensor | None = None  # of patches that were unfolded; the others are in lags
@@ -190,7 +190,7 @@ class Collector:
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
         """The layer's weight and bias in float64."""
         weight, bias = self.layer.weight.detach(), self.layer.bias
-        return weight.double(), None if bias is None else bias.detach().double()
+        return weight.to(self.x), None if bias is None else bias.detach().to(self.x)
 
     def _unfolded_sums(
         self, x: Tensor, y: Tensor, gate: Tensor, drawn: Tensor | int, exact: bool
@@ -208,7 +208,7 @@ class Collector:
         y, gate = (t.transpose(0, 1).reshape(1, t.shape[1], -1) for t in (y, gate))
         if exact:
             weight, bias = self._parameters()
-            y = (weight.view(self.groups, -1, p.shape[2]) @ p.mT).view_as(gate)
+            y = (weight.reshape(self.groups, -1, p.shape[2]) @ p.mT).view_as(gate)
             y = y if bias is None else y.add_(bias[:, None])
 
         def product(maps: Tensor) -> Tensor:
@@ -259,8 +259,7 @@ class Collector:
         yield active
 
         def resting() -> None:
-            assert self.direct is not None and self.x_rested is not None  # by the first of these sums
-            if not len(self.direct):
+            if self.direct is None or self.x_rested is None or not len(self.direct):
                 return
             every = len(self.direct) == y.shape[1]
             rested = self.scratch.like("fired", y) if every else y[:, self.direct]
@@ -335,25 +334,24 @@ class Collector:
     def moments(self) -> Moments:
         """The sums so far, on the device that they were taken on: the layer may have been moved since, as Lightning moves
         a network back to the CPU when a loop ends."""
-        weight = self.layer.weight.detach().to(self.x.device).flatten(1).double()
+        weight, bias = self._parameters()
+        weight = weight.flatten(1)
+        bias = torch.zeros_like(self.g) if bias is None else bias
         x = self.x.repeat_interleave(len(weight) // self.groups, 0)
         rests = x - self.xg
         rests = rests.where(rests.abs() > ROUNDING * x.abs(), 0.0)
         xg = x - rests
         # What was summed is y = wᵀx + bias.
-        bias = torch.zeros_like(self.g) if self.layer.bias is None else self.layer.bias.detach().to(self.g)
         xug = self.x_fired - bias[:, None] * xg
         gram = self._whole_gram()
-        if self.direct is not None and self.x_rested is not None and len(self.direct) == len(weight):
-            xun = self.x_rested - bias[:, None] * rests
-        else:
-            xun = torch.zeros_like(xug)
+        xun, xu = torch.zeros_like(xug), None
         if gram is not None and not self.small:
             xu = (weight.view(self.groups, -1, weight.shape[1]) @ gram).view_as(weight)
             xun = xu - xug
-            if self.direct is not None and self.x_rested is not None:
-                few = self.x_rested - bias[self.direct, None] * rests[self.direct]
-                xun[self.direct], xug[self.direct] = few, xu[self.direct] - few
+        if self.direct is not None and self.x_rested is not None:
+            xun[self.direct] = self.x_rested - bias[self.direct, None] * rests[self.direct]
+            if xu is not None:
+                xug[self.direct] = xu[self.direct] - xun[self.direct]
         return Moments(
             n=self.x.new_tensor(self.n),
             x=self.x.clone(),

@@ -177,9 +177,9 @@ class PatternAttribution(_PatternMethod):
 class DtdW2(_Layerwise):
     """The w²-rule of deep Taylor decomposition in every layer (Montavon et al. 2017, section 4.1).
 
-    Goes back from the target's output y: each neuron's relevance is shared among its inputs in proportion to w². Padding
-    zeros are no inputs: at the border the shares are of the sum of w² over the taps that lie inside the image, so that
-    Conv and Linear layers pass on exactly what they are given. A neuron without weights there passes nothing on.
+    Goes back from the target's output y: each neuron's relevance is shared among its inputs in proportion to w².
+    Padding zeros are no inputs: at the border the shares are of the sum of w² over the taps that lie inside the image,
+    so that Conv and Linear layers pass on exactly what they get. A neuron without weights there passes nothing on.
 
     Where nothing is padded with zeros, this is PatternAttribution with S_w's patterns w / wᵀw, whose shares are of all
     of ‖w‖²; where something is, that loses what falls on the padding. Open ReLUs, max pools and average pools over the
