@@ -34,6 +34,7 @@ ROUNDINGS = 30
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution", "linear")
 
+
 @float32_products()
 def canonical(model: nn.Module, example: Tensor) -> nn.Module:
     """A copy in evaluation mode, without gradients, that computes the same outputs from plain layers.

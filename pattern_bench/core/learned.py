@@ -267,6 +267,7 @@ class LearnedWeights(TorchDispatchMode):
 
     def _shadows(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> list[Tensor | None]:
         """The factors of learned values that were made of others: what the operation makes of theirs."""
+
         def factors(t: Tensor) -> Tensor | None:
             if not t.is_floating_point():
                 return None
@@ -297,6 +298,7 @@ class LearnedWeights(TorchDispatchMode):
         c = self.read(t, which)
         if c is None or not c.any():
             return [None] * len(results), False
+
         def run(power: Tensor) -> list[Any]:
             def instead(x: Tensor) -> Tensor | None:
                 if x is t or not x.is_floating_point():
@@ -331,9 +333,7 @@ class LearnedWeights(TorchDispatchMode):
             return False
         return torch.allclose(found[0].flatten()[order], mixed[0].flatten(), rtol=1e-9, atol=0.0)
 
-    def _run(
-        self, func: Any, args: Any, kwargs: Any, instead: Callable[[Tensor], Tensor | None]
-    ) -> list[Any]:
+    def _run(self, func: Any, args: Any, kwargs: Any, instead: Callable[[Tensor], Tensor | None]) -> list[Any]:
         """What an operation makes of other values; nothing where it does not take them."""
 
         def replaced(t: Tensor) -> Tensor:
@@ -369,8 +369,7 @@ def _repeated(t: Tensor, shape: torch.Size) -> int:
     """How many dimensions of ``shape`` the values of ``t`` are repeated along, but for the images'."""
     sizes, strides = [1] * (len(shape) - t.ndim) + list(t.shape), [0] * (len(shape) - t.ndim) + list(t.stride())
     return sum(
-        wanted > 1 and (size == 1 or stride == 0)
-        for wanted, size, stride in zip(shape, sizes, strides, strict=True)
+        wanted > 1 and (size == 1 or stride == 0) for wanted, size, stride in zip(shape, sizes, strides, strict=True)
     )
 
 
