@@ -103,7 +103,7 @@ def prepare(cfg: DictConfig, folder: Path, bar: Bar, check: Callable[[Setup], No
 
     ``check`` refuses, before that, what the stages to come cannot do; the setup's model is not trained then.
     """
-    cache = Cache(cfg.cache.dir)
+    cache = Cache(cfg.cache.dir, cfg.cache.gib)
     estimator: Estimator = build(cfg.estimator)
     model_source: ModelSource = build(cfg.model)
     source: Source = build(cfg.data)
@@ -191,6 +191,9 @@ def _check_numbers(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, setting, default=1.0)
         if not (isinstance(value, float | int) and 0 < value < math.inf):
             raise UserError(f"{setting}={value} is not possible: give a positive number")
+    gib = cfg.cache.gib
+    if gib is not None and (isinstance(gib, bool) or not isinstance(gib, float | int) or not 0 < gib < math.inf):
+        raise UserError(f"cache.gib={gib} is not possible: give a positive number of GiB, or null for no bound")
     if cfg.moments.positions > 1:
         raise UserError(f"moments.positions={cfg.moments.positions} is no share: give up to 1.0, which is exact")
     for setting, choices in (("order", ORDERS), ("replacement", REPLACEMENTS)):

@@ -8,10 +8,17 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import hypothesis
+import numpy as np
+import pandas as pd
 import pytest
 import pytorch_lightning as pl
+import torch
 from hydra import compose, initialize_config_dir
+from hypothesis import HealthCheck, Phase, example, given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from pattern_bench import figures
 from pattern_bench.__main__ import CONF
@@ -285,3 +292,106 @@ def test_an_argument_that_no_weight_and_no_printed_form_shows_is_in_the_networks
 def test_the_code_of_the_users_network_is_in_its_key(model_key):
     before = model_key(NETWORK, name="own_code")
     assert before != model_key(NETWORK.replace("F.leaky_relu", "2 * F.leaky_relu"), name="own_code")
+
+
+# --- results ---
+
+BASE = [
+    "quiet=true", "data.limit=120", "data.batch_size=20", "model.width=2", "model.blocks=[1]", "model.dense=[4]",
+    "model.training.epochs=2", "model.training.batch_size=20", "degradation.images=4", "explanation.images=1",
+]  # fmt: skip
+SAME = {
+    "data.workers": ["1", "2"], "data.strict": ["true"], "checkpoint.seconds": ["0", "1000"], "logger": ["csv"],
+    "allow_any_target": ["true"], "cache.gib": ["0.00001", "5"], "quiet": ["false"], "explanation.images": ["2"],
+    "+trainer.detect_anomaly": ["true"], "+trainer.log_every_n_steps": ["1"], "+trainer.num_sanity_val_steps": ["0"],
+    "+trainer.limit_val_batches": ["1", "0.5"], "+trainer.check_val_every_n_epoch": ["2"],
+    "+trainer.limit_test_batches": ["1"], "+trainer.enable_autolog_hparams": ["false"],
+}  # fmt: skip
+"""Declared to change nothing in the results compared, to the bit."""
+ROUNDED = {
+    "moments.memory_gib": ["0.00001", "0.01"], "+trainer.benchmark": ["true"], "+trainer.deterministic": ["true", "warn"],
+}  # fmt: skip
+"""Declared to change nothing but rounding."""
+OTHER = {
+    "seed": ["3"], "data.limit": ["90"], "data.batch_size": ["7"], "data.fit": ["0.3"], "estimator": ["a", "w", "x"],
+    "criterion": ["rectified"], "moments.positions": ["0.5"], "degradation.order": ["least"], "degradation.patch": ["3"],
+    "degradation.replacement": ["blur", "constant"], "method": ["pattern_net", "gradient"], "layer": ["features.*"],
+    "model.training.epochs": ["1"], "model.width": ["3"], "model.training.learning_rate": ["0.02"],
+}  # fmt: skip
+"""Of a run that another shares the cache with, and that is to reach nothing of the other's."""
+
+
+def chosen(choices):
+    pairs = [(name, value) for name, values in choices.items() for value in values]
+    return st.lists(st.sampled_from(pairs), max_size=4, unique_by=lambda pair: pair[0])
+
+
+def results(folder):
+    tables = {name: (folder / name).read_bytes() for name in ("rho.csv", "degradation.csv", "areas.csv")}
+    return tables | {name: t.numpy().tobytes() for name, t in load_file(folder / "patterns.safetensors").items()}
+
+
+def near(one, other):
+    """Whether two runs agree up to rounding."""
+    for name, column in (("rho.csv", "rho"), ("degradation.csv", "probability_mean")):
+        a, b = (pd.read_csv(folder / name)[column] for folder in (one, other))
+        np.testing.assert_allclose(a, b, atol=1e-3)
+    a, b = (load_file(folder / "patterns.safetensors") for folder in (one, other))
+    for name, tensor in a.items():
+        torch.testing.assert_close(tensor, b[name], atol=1e-4 * float(b[name].abs().max()) + 1e-12, rtol=0)
+
+
+def check_a_run_reaches_no_other(run_job, folders, clean, same, rounded, other):
+    """A run with harmless settings has the results of one without, and a run that shares the cache with both, and with
+    one of settings that are not harmless, has the results of one alone."""
+    cache = f"cache.dir={next(folders)}"
+    harmless = [f"{name}={value}" for name, value in [*same, *rounded]]
+    run_job(*BASE, cache, *(f"{name}={value}" for name, value in other))
+    changed = run_job(*BASE, cache, *harmless)
+    after = run_job(*BASE, cache)
+    torch.use_deterministic_algorithms(False)
+    for found in (changed, after):
+        if rounded:
+            near(found, clean)
+        else:
+            assert results(found) == results(clean)
+
+
+@pytest.fixture
+def alone(run_job, tmp_path, monkeypatch):
+    """Folders for caches, and the run that shares its cache with none."""
+    for name in ("draw_rho", "draw_degradation", "draw_explanations"):
+        monkeypatch.setattr(figures, name, lambda *_: False)
+    folders = (tmp_path / f"cache{number}" for number in itertools.count())
+    return folders, run_job(*BASE, f"cache.dir={next(folders)}")
+
+
+EXAMPLES = given(chosen(SAME), chosen(ROUNDED), chosen(OTHER))
+SETTINGS = {
+    "deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck), "phases": [Phase.generate],
+}  # fmt: skip
+
+
+@example([(name, values[0]) for name, values in SAME.items()], [], [("data.limit", "90"), ("seed", "3")])
+@example([], [("moments.memory_gib", "0.00001")], [("moments.positions", "0.5"), ("degradation.patch", "3")])
+@hypothesis.settings(max_examples=2, **SETTINGS | {"phases": [Phase.explicit, Phase.generate]})
+@EXAMPLES
+def test_no_setting_of_one_run_reaches_the_results_of_another(run_job, alone, same, rounded, other):
+    check_a_run_reaches_no_other(run_job, *alone, same, rounded, other)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=60, **SETTINGS)
+@EXAMPLES
+def test_no_settings_of_one_run_reach_the_results_of_another(run_job, alone, same, rounded, other):
+    check_a_run_reaches_no_other(run_job, *alone, same, rounded, other)
+
+
+def test_what_is_tried_is_declared_so():
+    for name in SAME:
+        keys = reach(name.lstrip("+") if "." in name else f"{name}.kind" if name == "logger" else name).keys
+        assert keys in ("", "explain"), name
+    for name in ROUNDED:
+        line = reach(name.lstrip("+"))
+        assert line.rounding, name
+        assert not line.keys, name
