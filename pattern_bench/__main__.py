@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pattern_bench import go_on, stopping
+from pattern_bench.claim import claimed
 from pattern_bench.config import check_complete
 from pattern_bench.errors import UserError
 from pattern_bench.launch import Job, cannot_use, end_with_the_launcher, launch, number_from_outside
 from pattern_bench.launchers import message_for, one_job
 from pattern_bench.resuming import folder_of, quoted, resumed_overrides
 from pattern_bench.telling import tells
+from pattern_bench.writing import write_file
 
 HERE = Path(__file__).parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
@@ -35,18 +40,46 @@ _CREDENTIALS = re.compile(
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(cfg: DictConfig) -> None:
-    check_complete(cfg)
-    from pattern_bench.job import run
+    with run_folder(cfg) as folder:
+        check_complete(cfg)
+        from pattern_bench.job import run
 
-    start(run, cfg)
+        start(run, cfg, folder)
 
 
-def start(job: Job, cfg: DictConfig) -> None:
-    """Runs ``job`` in Hydra's folder, in as many processes as ``cfg.trainer`` says."""
+@contextmanager
+def run_folder(cfg: DictConfig) -> Iterator[Path]:
+    """Hydra's folder for this run, which within is this job's alone; and what Hydra would leave there.
+
+    Hydra itself writes before it calls, so ``conf/config.yaml`` tells it not to.
+
+    Raises:
+        UserError: where another job has the folder.
+    """
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
+    outside = number_from_outside()
+    if outside is not None and outside[0] > 0:
+        yield folder
+        return
+    setting = "hydra.run.dir" if hydra_config.mode == RunMode.RUN else "hydra.sweep.dir"
+    with claimed(folder, setting):
+        below = folder / ".hydra"
+        below.mkdir(exist_ok=True)
+        own = OmegaConf.create({"hydra": OmegaConf.to_container(hydra_config) | {"output_subdir": below.name}})
+        for name, content in (("config", cfg), ("hydra", own), ("overrides", hydra_config.overrides.task)):
+            write_file(below / f"{name}.yaml", functools.partial(OmegaConf.save, content))
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.FileHandler):
+                Path(handler.baseFilename).touch()
+        yield folder
+
+
+def start(job: Job, cfg: DictConfig, folder: Path) -> None:
+    """Runs ``job`` in the folder, in as many processes as ``cfg.trainer`` says."""
+    log_config = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
     with one_job():
-        launch(job, cfg, folder, OmegaConf.to_container(hydra_config.job_logging, resolve=True))
+        launch(job, cfg, folder, log_config)
     outside = number_from_outside()
     if outside is None or outside[0] == 0:
         print(f"results: {folder}")

@@ -13,13 +13,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from torch import Tensor
 
+from pattern_bench.entries import User, entries, remove
 from pattern_bench.files import Damaged, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
@@ -36,16 +37,24 @@ VERSION = 1
 
 class Cache:
     """Entries of a ``kind``, each a safetensors file below ``folder``. Where the folder cannot be written, the cache
-    only reads; where it cannot be locked, jobs side by side may compute the same. It says so once."""
+    only reads; where it cannot be locked, jobs side by side may compute the same. It says so once.
 
-    def __init__(self, folder: str) -> None:
+    Args:
+        folder: of the entries.
+        gib: as many GiB are kept at most: where more comes, what was used longest ago goes, but nothing that a running
+            job uses. None for no bound.
+    """
+
+    def __init__(self, folder: str, gib: float | None = None) -> None:
         self.folder = Path(folder).expanduser().absolute()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.writable = os.access(self.folder, os.W_OK)
         except OSError:
             self.writable = False
-        self.full = self.unlockable = False
+        self.full = self.unlockable = self.met = False
+        self.gib = gib
+        self.user = User(self.folder)
         if not self.writable:
             log.warning("cache.dir=%s cannot be written: nothing will be reused by later runs", self.folder)
 
@@ -76,12 +85,17 @@ class Cache:
         """What ``read`` makes of the entry's tensors, and its metadata; None where there is no entry, or one that is
         damaged, of another version, or that ``read`` refuses with a ValueError."""
         path = self._path(kind, key)
+        if self.writable:
+            self.user.uses(kind, key)
         try:
             tensors, metadata = read_tensors(path)
             entry, expected = metadata.pop("entry", "nothing"), _name(kind, key)
             if entry != expected:
                 raise Damaged(f"it holds {entry} instead of {expected}")
-            return read(tensors), metadata
+            made = read(tensors)
+            with suppress(OSError):
+                os.utime(path)  # what was used longest ago goes first
+            return made, metadata
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -94,8 +108,10 @@ class Cache:
         if not self.writable:
             return False
         path = self._path(kind, key)
+        self.user.uses(kind, key)
         try:
             path.parent.mkdir(exist_ok=True)
+            self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
             write_tensors(path, tensors, {**metadata, "entry": _name(kind, key)})
             return True
         except OSError as error:
@@ -104,7 +120,41 @@ class Cache:
             self.full = True
             return False
 
+    def _make_room(self, size: int) -> None:
+        """Removes what was used longest ago, until an entry of so many bytes fits below the bound."""
+        if self.gib is None:
+            return
+        bound = round(self.gib * 2**30)
+        found = sorted(entries(self.folder), key=lambda entry: entry.used)
+        over = sum(entry.size for entry in found) + size - bound
+        if over <= 0:
+            return
+        gone = freed = 0
+        while found and freed < over:
+            some = [found.pop(0)]
+            while found and freed + sum(entry.size for entry in some) < over:
+                some.append(found.pop(0))
+            try:
+                removed = remove(self.folder, some)
+            except (OSError, NotImplementedError) as error:
+                self._say_bound(f"but entries cannot be removed ({error})")
+                return
+            gone, freed = gone + len(removed), freed + sum(entry.size for entry in removed)
+        kept = "running jobs need more, which is kept for them"
+        self._say_bound(kept if freed < over else f"removed {gone} entries, used longest ago, and so on")
+
+    def _say_bound(self, what: str) -> None:
+        if not self.met:
+            log.warning("cache.gib=%g is met: %s", self.gib, what)
+        self.met = True
+
 
 def _name(kind: str, key: str) -> str:
     """As an entry knows itself, wherever its file may have been copied."""
     return f"{kind}/{key} of version {VERSION}"
+
+
+if __name__ == "__main__":
+    from pattern_bench.caches import main
+
+    main()

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pattern_bench.errors import UserError
 from pattern_bench.importing import located
+from pattern_bench.settings import check_trainer
 
 # The files in conf/hydra/launcher are meant to have the names of the plugins' own configurations, and to be checked
 # against them. A worker process, too, comes by here before it composes its job.
@@ -29,7 +30,7 @@ def check_complete(cfg: DictConfig) -> None:
 
     Raises:
         UserError: naming the first setting that must be given and was not, or that names something outside of
-            PACKAGES without ``allow_any_target``.
+            PACKAGES without ``allow_any_target``; or an argument of the trainer's that is not possible.
     """
     missing = list(_missing(OmegaConf.to_container(cfg, resolve=False), ""))
     if missing:
@@ -37,6 +38,7 @@ def check_complete(cfg: DictConfig) -> None:
     trusted = _trusted(cfg)
     for setting, name in _targets(OmegaConf.to_container(cfg, resolve=True), ""):
         _check_name(setting, name, trusted)
+    check_trainer(OmegaConf.to_container(cfg.trainer, resolve=True))  # type: ignore[arg-type]
 
 
 def build(node: DictConfig) -> Any:

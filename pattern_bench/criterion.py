@@ -275,7 +275,8 @@ def measure_readers(
     """rho of every neuron from what the readers read on the validation images."""
     split = setup.splits["validation"]
     stream = ReadingStream(setup.model, readers)
-    partial = setup.partial("read", images=split.fingerprint, readers=checksum(stream.readers.state_dict(), {}))
+    partial = setup.partial("read", images=split.fingerprint, readers=checksum(stream.readers.state_dict(), {}),
+                            model=setup.model_key, criterion=setup.cfg.criterion)  # fmt: skip
     bar.start(0, unit="images")
     stream_over(setup, stream, split, partial, bar)
     here = met(split, stream.seen)

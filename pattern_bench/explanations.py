@@ -161,7 +161,7 @@ def explain(
     methods[title] = method
     stream = ExplanationStream(setup.model, len(split), methods)
     # One image at a time: some methods take minutes for each.
-    rows, found = _rows(setup, stream, split, "explain", patterns, bar, batch_size=1)
+    rows, found = _rows(setup, stream, split, "explain", patterns, bar, batch_size=1, **_how(setup))
     if "images" not in rows:
         raise UserError("none of the first validation images can be read: give more (explanation.images)")
     captions = [
@@ -187,11 +187,21 @@ def _rows(
     used = {f"{layer}/{part}": tensor for layer, p in patterns.items() for part, tensor in vars(p).items()}
     partial = setup.partial(
         stage, model=setup.model_key, images=split.fingerprint, patterns=checksum(used, {}), seed=setup.cfg.seed,
-        method=OmegaConf.to_container(setup.cfg.method), estimator=setup.estimator.name, **more,
+        **more,
     )  # fmt: skip
     bar.start(0, unit="images")
     stream_over(setup, stream, split, partial, bar, batch_size)
     return _joined_rows(stream), met(split, stream.seen)
+
+
+def _how(setup: Setup) -> dict[str, Any]:
+    """What explanations depend on besides the network, its patterns and the images: a part of their keys."""
+    reference = kind_of(chosen_method(setup)[0]).takes_reference
+    return {
+        "method": OmegaConf.to_container(setup.cfg.method, resolve=True),
+        "estimator": setup.estimator.name,
+        "reference": setup.splits["fit"].fingerprint if reference else None,
+    }
 
 
 def _joined_rows(stream: RowStream) -> dict[str, Tensor]:
@@ -248,11 +258,13 @@ def degrade(
     method = method_of(setup, patterns)
     size = 1 if method.many_passes else None
     only = stream({method.name: method}, baseline=False)
-    curves, found = _rows(setup, only, split, "degrade", patterns, bar, size, order=how.order, **replaced)
+    what = {**_how(setup), "order": how.order, **replaced}
+    curves, found = _rows(setup, only, split, "degrade", patterns, bar, size, **what)
     if not curves:
         raise UserError(f"none of the first {len(split)} validation images can be read: mend the files")
     # The same for every method, so that a sweep takes it once.
     shared = {"version": BASELINE_VERSION, "model": setup.model_key, "images": split.fingerprint, **replaced}
+    shared |= setup.arithmetic
     key = key_of(**shared, seed=setup.cfg.seed, batch_size=setup.source.batch_size, processes=ranks.size())
     with setup.cache.lock("baselines", key) if ranks.first() else nullcontext():
         baseline = _kept_baseline(setup, key, len(curves[method.name]))

@@ -144,6 +144,7 @@ def collect(setup: Setup, split: str, sums: Sums[M], bar: Bar) -> tuple[SplitMom
 def _collect_piece(setup: Setup, piece: Split, sums: Sums[M], stage: str, bar: Bar) -> tuple[dict[str, M | str], Met]:
     """In the first process, moments by layer or where they are in the cache; what all processes met."""
     shared: dict[str, Any] = {"version": MOMENTS_VERSION, "model": setup.model_key, "images": piece.fingerprint}
+    shared |= setup.arithmetic
     if setup.cfg.moments.positions < 1:
         shared |= {"positions": setup.cfg.moments.positions, "seed": setup.cfg.seed}
     keys = {layer: key_of(**{**shared, **sums.key}, layer=layer) for layer in setup.layers}

@@ -76,7 +76,12 @@ class Setup:
 
     def partial(self, stage: str, **parts: Any) -> Partial:
         """The unfinished state of a stage, which depends on ``parts``."""
-        return Partial(self.folder, stage, key_of(**parts), self.cfg.checkpoint.seconds)
+        return Partial(self.folder, stage, key_of(**{**parts, **self.arithmetic}), self.cfg.checkpoint.seconds)
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """The part of every key that says how products are rounded, where that is not as usual."""
+        return {"tf32": True} if self.cfg.trainer.get("tf32") else {}
 
     def seed(self, layer: str) -> int:
         """A seed of its own for what is drawn for a layer."""
@@ -98,7 +103,7 @@ def prepare(cfg: DictConfig, folder: Path, bar: Bar, check: Callable[[Setup], No
 
     ``check`` refuses, before that, what the stages to come cannot do; the setup's model is not trained then.
     """
-    cache = Cache(cfg.cache.dir)
+    cache = Cache(cfg.cache.dir, cfg.cache.gib)
     estimator: Estimator = build(cfg.estimator)
     model_source: ModelSource = build(cfg.model)
     source: Source = build(cfg.data)
@@ -141,8 +146,20 @@ def prepare(cfg: DictConfig, folder: Path, bar: Bar, check: Callable[[Setup], No
         _train(setup, logits, model_source.training, bar)
         setup.model = canonical(logits, sample[None])
         _check_finite(setup.model, cfg)
-    setup.model_key = fingerprint(setup.model)
+    setup.model_key = fingerprint(setup.model, _settings(cfg.model))
     return setup
+
+
+def _settings(model: DictConfig) -> dict[str, Any]:
+    """The settings of a model that neither its printed form nor its weights may show, such as an activation's slope.
+
+    Left out are its name, how it was trained, and which file its weights came from.
+    """
+    settings: Any = OmegaConf.to_container(model, resolve=True)
+    left_out = ("name", "training", "classifier")
+    return {key: value for key, value in settings.items() if key not in left_out} | {
+        "weights": settings.get("weights") is not None
+    }
 
 
 def layer_setting(cfg: DictConfig) -> str | list[str]:
@@ -174,6 +191,9 @@ def _check_numbers(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, setting, default=1.0)
         if not (isinstance(value, float | int) and 0 < value < math.inf):
             raise UserError(f"{setting}={value} is not possible: give a positive number")
+    gib = cfg.cache.gib
+    if gib is not None and (isinstance(gib, bool) or not isinstance(gib, float | int) or not 0 < gib < math.inf):
+        raise UserError(f"cache.gib={gib} is not possible: give a positive number of GiB, or null for no bound")
     if cfg.moments.positions > 1:
         raise UserError(f"moments.positions={cfg.moments.positions} is no share: give up to 1.0, which is exact")
     for setting, choices in (("order", ORDERS), ("replacement", REPLACEMENTS)):
@@ -271,10 +291,11 @@ def _train(setup: Setup, model: nn.Module, training: Training, bar: Bar) -> None
 
 def _train_here(setup: Setup, model: nn.Module, training: Training, bar: Bar) -> None:
     images = joined(setup.splits["fit"], setup.splits["probe"])
-    # The initial weights stand for the architecture and the seed.
+    # The initial weights stand for the architecture; where they are constant, the seed still orders the batches.
     key = key_of(
-        version=TRAINING_VERSION, images=images.fingerprint, initial=fingerprint(model), training=vars(training)
-    )
+        version=TRAINING_VERSION, images=images.fingerprint, initial=fingerprint(model, _settings(setup.cfg.model)),
+        training=vars(training), seed=setup.cfg.seed, regression=setup.source.regression, **setup.arithmetic,
+    )  # fmt: skip
     with setup.cache.lock("models", key):
         entry = setup.cache.load("models", key)
         if entry is not None:

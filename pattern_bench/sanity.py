@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pattern_bench.__main__ import CONF, command_line
+from pattern_bench.__main__ import CONF, command_line, run_folder
 from pattern_bench.config import check_complete
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="sanity")
 def sanity(cfg: DictConfig) -> None:
-    check_complete(cfg)
-    from pattern_bench.checks import check_overrides, run
+    with run_folder(cfg) as folder:
+        check_complete(cfg)
+        from pattern_bench.checks import check_overrides, run
 
-    check_overrides(HydraConfig.get().overrides.task)
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    run(cfg, folder)
+        check_overrides(HydraConfig.get().overrides.task)
+        run(cfg, folder)
     print(f"results: {folder}")
 
 

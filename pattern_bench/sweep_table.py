@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,26 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from pattern_bench.claim import claimed
 from pattern_bench.errors import UserError
 
 
 class SweepTable(Callback):
-    """Shows what the jobs of a sweep found together: Fig. 3 as a table, and the area over the curve."""
+    """Shows what the jobs of a sweep found together: Fig. 3 as a table, and the area over the curve. The sweep's folder
+    is this sweep's alone."""
+
+    def __init__(self) -> None:
+        self.claim = ExitStack()
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        try:
+            self.claim.enter_context(claimed(Path(config.hydra.sweep.dir), "hydra.sweep.dir"))
+        except UserError as error:  # of which Hydra would make a warning
+            raise SystemExit(f"error: {error}") from None
+        atexit.register(self.claim.close)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        self.claim.close()
         folder = Path(config.hydra.sweep.dir)
         if config.get("quiet"):
             return

@@ -27,6 +27,7 @@ from pattern_bench.errors import UserError
 from pattern_bench.launch import number_from_outside
 from pattern_bench.nodes import watched
 from pattern_bench.partial import keep
+from pattern_bench.settings import check_trainer
 from pattern_bench.writing import write_file
 
 LONGEST_WAIT = timedelta(days=7)
@@ -41,6 +42,7 @@ def make_trainer(settings: DictConfig, callbacks: list[pl.Callback], **more: Any
     """
     _quiet_lightning()
     given: Mapping[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
+    check_trainer(given)
     given = {name: value for name, value in given.items() if name not in ("lost_after", "tf32")}  # see joined, rounding
     own: dict[str, Any] = {"plugins": [_environment(), _WholeCheckpoints()], "strategy": "auto"}
     if number_from_outside() is not None:

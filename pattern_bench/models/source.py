@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
 import logging
 import os
 import warnings
@@ -262,10 +264,29 @@ def _some(keys: list[str], most: int = 4) -> str:
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Changes when the architecture or any weight does."""
+PRINTED = ("torch", "torchvision", "timm", "pattern_bench")
+"""Packages whose modules are known by their printed form, settings and version: no run of one changes their code."""
+
+
+def fingerprint(model: nn.Module, settings: Mapping[str, Any] | None = None) -> str:
+    """Changes when the architecture, its ``settings``, any weight, or the code of the user's own modules does."""
     digest = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__} {model}".encode())
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    own = {kind for module in model.modules() for kind in type(module).__mro__}
+    for file in sorted({file for kind in own if (file := _file_of(kind)) is not None}):
+        digest.update(file.read_bytes())
     for key, tensor in model.state_dict().items():
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _file_of(kind: type) -> Path | None:
+    """The file with the code of a class, where that is the user's own."""
+    if kind.__module__.partition(".")[0] in (*PRINTED, "builtins"):
+        return None
+    try:
+        file = Path(inspect.getfile(kind))
+    except (TypeError, OSError):  # made in an interactive session
+        return None
+    return file if file.is_file() else None
