@@ -104,7 +104,7 @@ def test_processes_that_torchrun_started_stop_with_one_line(tmp_path, number):
     code, err = finish(job)
     assert code != 0
     assert err.count("stopped by") == 1
-    assert f"stopped by {number.name}: go on with python -m pattern_bench resume=run" in err
+    assert f"stopped by {number.name}: go on with python -m pattern_bench resume=run" in err, err
 
 
 @pytest.mark.parametrize(
