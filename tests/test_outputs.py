@@ -413,3 +413,19 @@ def test_one_logit_is_trained_on_two_classes():
     model = plain(1)
     expected = F.binary_cross_entropy(model(x).sigmoid().squeeze(1), targets.float())
     torch.testing.assert_close(learner_step(learner(model), x, targets), expected.detach())
+
+
+# --- outputs that never fire ---
+
+
+@pytest.mark.parametrize("kind", [pb.PatternNet, pb.PatternAttribution])
+def test_an_output_that_never_fired_is_explained_by_its_own_weight_and_it_is_said(kind):
+    model, x = plain(), images()
+    with torch.no_grad():
+        model[4].bias[2] = -1e3
+    patterns = pb.fit_patterns(model, pb.collect_moments(model, [x], gram=False))
+    assert patterns["4"].dead[2]
+    with pytest.warns(UserWarning, match="never fired where patterns were fitted.*own weight is propagated instead"):
+        found = kind(model, patterns).attribute(x, 2)
+    torch.testing.assert_close(found, kind(model, patterns, last_layer="weight").attribute(x, 2))
+    assert found.abs().amax() > 0

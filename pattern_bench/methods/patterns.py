@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -120,6 +121,16 @@ class _PatternMethod(_Layerwise):
 
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
         found = self._back(x, target, from_output=True, last_layer=self.last_layer)
+        silent = found.flatten(1).abs().amax(1) == 0
+        if self.last_layer == "positive" and silent.any():
+            own = self._back(x.detach().clone(), target, from_output=True, last_layer="weight")
+            if bool(own[silent].any()):
+                warnings.warn(
+                    f"{self.name}: the output that is explained never fired where patterns were fitted, so it has none: "
+                    "its own weight is propagated instead (last_layer=weight)",
+                    stacklevel=2,
+                )
+                found = torch.where(silent.view(-1, *[1] * (x.ndim - 1)), own, found)
         return found if found.isfinite().all() or x.dtype == torch.float64 else self._in_float64(x.detach(), target)
 
     def _in_float64(self, x: Tensor, target: Tensor | None) -> Tensor:
@@ -138,7 +149,8 @@ class PatternNet(_PatternMethod):
 
     Goes back from the target's output y as the gradient does, with the pattern a₊ in the place of each weight. Where
     that outgrows the data type for an image, its explanation is some power of two smaller: the direction is left, and
-    that is all that pictures, ranks and correlations ask for.
+    that is all that pictures, ranks and correlations ask for. An output that never fired where patterns were fitted
+    has no pattern: its own weight is propagated instead, and a warning says so.
 
     Args:
         model: as for every method.
