@@ -28,7 +28,8 @@ class Reach(NamedTuple):
         setting: its path in the configuration; ``*`` stands for anything.
         keys: stages whose key is another with another value: the value itself is in it, or what it made of images,
             weights or patterns. No other kept result depends on it.
-        rounding: stages whose result differs by rounding, which is accepted: their keys do not name it.
+        rounding: stages whose result differs by rounding, which is accepted: their keys do not name it, but may have a
+            checksum of what was rounded.
         why: no other kept result depends on it, or rounding is all.
     """
 
@@ -63,7 +64,7 @@ REACHES = (
     Reach("logger.*", "", "", _LABEL),
     Reach("moments.memory_gib", "", "moments", "batches are summed in parts of another size"),
     Reach("moments.positions", "moments", "", "a share of all positions is drawn"),
-    Reach("bootstrap.*", "moments readers read explain degrade", "",
+    Reach("bootstrap.*", "moments", "readers read explain degrade",
           "moments are of whole splits, or of chunks, whose images are in the key; patterns of their sums differ by "
           "rounding, and what follows has their checksum"),
     Reach("explanation.images", "explain", "", "the first so many"),
@@ -90,7 +91,7 @@ REACHES = (
     Reach("data.strict", "", "", "whether the job goes on where an image cannot be read"),
     Reach("data.download", "", "", "where files come from that are the same, by their checksums"),
     Reach("data.shards_kept", "", "", "how many files lie on the disk"),
-    Reach("data.batch_size", "baselines readers read explain degrade", "moments accuracy",
+    Reach("data.batch_size", "baselines readers", "moments accuracy read explain degrade",
           "sums of other batches; descent takes other steps, random orders' curves are the same to the bit in all jobs "
           "of a sweep, and explanations follow the patterns"),
     Reach("data.classes", ALL, "", "the outputs of a network that is trained"),

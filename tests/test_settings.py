@@ -209,8 +209,11 @@ def test_a_setting_is_in_the_keys_that_are_declared_and_in_no_other(keys_of, bef
     before.update(before or keys_of())
     after = keys_of(*change.split())
     both = [stage for stage in STAGES if stage in before and stage in after]
-    declared = {stage for setting in _settings_of(change) for stage in reach(setting).keys.split()}
-    assert {stage for stage in both if before[stage] != after[stage]} == declared & set(both)
+    changed = {stage for stage in both if before[stage] != after[stage]}
+    lines = [reach(setting) for setting in _settings_of(change)]
+    declared = {stage for line in lines for stage in line.keys.split() if stage in both}
+    rounded = {stage for line in lines for stage in line.rounding.split()}
+    assert declared <= changed <= declared | rounded
 
 
 def _settings_of(change):
