@@ -5,27 +5,39 @@ Everything is exported by ``pattern_bench`` itself: ``import pattern_bench as pb
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from pattern_bench.core import belonging, estimators
 from pattern_bench.core import degradation as core_degradation
-from pattern_bench.core import estimators
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Estimator, Pattern
+from pattern_bench.core.half_precision import images_for, is_wide, own_precision, widened
 from pattern_bench.core.layers import Scratch
+from pattern_bench.core.memory import is_out_of_memory
 from pattern_bench.core.moments import MEMORY, Moments
-from pattern_bench.core.network import collecting, layers_in_order, refuse_training, select_layers
+from pattern_bench.core.network import (
+    collecting,
+    first_not_finite,
+    layers_in_order,
+    refuse_training,
+    select_layers,
+)
 from pattern_bench.core.outputs import Logits as Logits
 from pattern_bench.core.outputs import answer, as_logits, targets
 from pattern_bench.core.precision import float32_products
 from pattern_bench.core.quality import CLOSED_FORM, Probe, Target, rho
+from pattern_bench.core.unchanged import Remembered
 from pattern_bench.errors import UserError, did_you_mean
 from pattern_bench.files import Damaged, read_tensors, write_tensors
 from pattern_bench.methods import patterns as pattern_methods
@@ -36,26 +48,97 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     if isinstance(kind, type) and issubclass(kind, Estimator) and kind is not Estimator
 }  # fmt: skip
 
-_canonical: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module]] = WeakKeyDictionary()
+P = ParamSpec("P")
+R = TypeVar("R")
+log = logging.getLogger(__name__)
+_canonical: WeakKeyDictionary[nn.Module, tuple[Remembered, nn.Module]] = WeakKeyDictionary()
+
+
+def _in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Autocast and inference mode of the caller do not reach into ``function``, whose first argument is a model."""
+
+    @functools.wraps(function)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        model: Any = args[0] if args else kwargs.get("model")
+        with own_precision(_device(model)):
+            return function(*args, **kwargs)
+
+    return inside
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def canonical_form(model: nn.Module, example: Tensor) -> nn.Module:
-    """The network in canonical form (``core.canonical``), kept until its weights or the images' shape change."""
+    """The network in canonical form (``core.canonical``), kept for networks whose every change can be noticed
+    (``core.unchanged``) until one is, or the images have another shape."""
     refuse_training(model)
-    tensors = [*model.parameters(), *model.buffers()]
-    stamp = (tuple(example.shape[1:]), tuple((id(t), t._version, t.data_ptr()) for t in tensors))
-    kept = _canonical.get(model)
-    if kept is None or kept[0] != stamp:
-        kept = _canonical[model] = stamp, canonical(model, example[:1])
-    return kept[1]
+    example = images_for(model, example[:1])
+    if (kept := _kept_form(model, example)) is not None:
+        return kept
+    network = canonical(model, example)
+    if is_wide(model):
+        with suppress(ValueError):
+            _canonical[model] = Remembered(model, example, network.state_dict()), network
+    return network
+
+
+def _kept_form(model: nn.Module, example: Tensor) -> nn.Module | None:
+    """The canonical form that is kept and still the network's, for images of the shape of ``example``."""
+    if model not in _canonical:
+        return None
+    remembered, network = _canonical[model]
+    if remembered.example.shape[1:] == example.shape[1:] and remembered.is_still(model):
+        return network
+    _canonical.pop(model, None)
+    return None
+
+
+def _images(images: Any, where: str) -> Tensor:
+    """
+    Raises:
+        UserError: where ``images`` are no tensor of a floating type.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise UserError(
+            f"{where} {kind} where images should be: give batches of float tensors (B, C, ...), or tuples "
+            "that start with one"
+        )
+    return images.detach().clone() if images.is_inference() else images.detach()
+
+
+def _not_finite(layer: str, where: str) -> UserError:
+    return UserError(
+        f"layer {layer}: NaN or Inf in its input or output, for {where}: mend the weights of the network or the images"
+    )
+
+
+def _cannot_take(model: nn.Module, images: Tensor, error: Exception) -> UserError:
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"model={type(model).__name__} cannot take images of shape {tuple(images.shape)} in {images.dtype} ({why}): "
+        "give images of the size and channels that it is made for, and where it casts to half precision by itself a "
+        "model in float32"
+    )
+
+
+_CANNOT = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+"""What networks raise for images of a shape that they are not made for."""
 
 
 class LayerMoments(dict[str, Moments]):
-    """Moments by layer, and one image that they were collected from (1, C, spatial...)."""
+    """Moments by layer, one image that they were collected from (1, C, spatial...), and the weights that they belong to
+    (``core.belonging``; none for moments of unknown origin)."""
 
-    def __init__(self, moments: Mapping[str, Moments], example: Tensor) -> None:
+    belongs_to: Mapping[str, str] = {}
+
+    def __init__(
+        self, moments: Mapping[str, Moments], example: Tensor, belongs_to: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(moments)
-        self.example = example
+        self.example, self.belongs_to = example, dict(belongs_to or {})
 
 
 @float32_products()
@@ -86,36 +169,46 @@ def collect_moments(
     Raises:
         UserError: where the loader yields no images, a layer does not exist, or the network is not supported.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    network, collectors = None, {}
-    for batch in loader:
-        images = batch[0] if isinstance(batch, tuple | list) else batch
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise UserError(
-                f"loader yields {kind} where images should be: give batches of float tensors (B, C, ...), or tuples "
-                "that start with one"
-            )
-        images = images.to(device)
-        if network is None:
-            example = images[:1].clone()
-            network = canonical_form(model, example)
-            scratch = Scratch()
-            for name in select_layers(layers_in_order(network, example), "all" if layers is None else layers):
-                layer: Any = network.get_submodule(name)
-                collectors[name] = Collector(layer, gram, memory, positions, seed, scratch)
-        with torch.no_grad(), collecting(network, collectors):
-            network(images)
+    device = _device(model)
+    network, collectors, seen = None, {}, 0
+    for number, batch in enumerate(loader):
+        images = _images(batch[0] if isinstance(batch, tuple | list) else batch, "loader yields").to(device)
+        if not len(images):
+            continue
+        try:
+            with own_precision(device), torch.no_grad():
+                if network is None:
+                    network = canonical(model, images[:1])
+                    example = images_for(network, images[:1].clone())
+                    scratch, names = Scratch(), layers_in_order(network, example)
+                    for name in select_layers(names, "all" if layers is None else layers):
+                        layer: Any = network.get_submodule(name)
+                        collectors[name] = Collector(layer, gram, memory, positions, seed, scratch)
+                    belongs_to = belonging.belongs_to(model, example, collectors)
+                images = images_for(network, images)
+                with collecting(network, collectors):
+                    network(images)
+                ends = [*(collector.finite for collector in collectors.values()), images.isfinite().all()]
+                finite = torch.stack(ends).tolist()
+        except _CANNOT as error:
+            if isinstance(error, UserError) or is_out_of_memory(error):
+                raise
+            raise _cannot_take(model, images, error) from error
+        if not all(finite):
+            where = f"batch {number} of loader (images {seen} to {seen + len(images) - 1})"
+            raise _not_finite([*collectors, names[0]][finite.index(False)], where)
+        seen += len(images)
     if network is None:
-        raise UserError("loader yields no batch: give it images")
-    return LayerMoments({name: collector.moments() for name, collector in collectors.items()}, example)
+        raise UserError("loader yields no batch with images: give it some")
+    return LayerMoments({name: collector.moments() for name, collector in collectors.items()}, example, belongs_to)
 
 
 class Patterns(Mapping[str, Pattern]):
-    """Patterns by layer name; each has ``positive`` and ``negative``, float64 in the weight's shape, and ``dead``."""
+    """Patterns by layer name; each has ``positive`` and ``negative`` in the weight's shape and float64, and ``dead``
+    (N,). ``belongs_to`` tells the weights that they were fitted on (``core.belonging``)."""
 
-    def __init__(self, patterns: Mapping[str, Pattern], estimator: str, weights: Mapping[str, str]) -> None:
-        self._patterns, self.estimator, self._weights = dict(patterns), estimator, dict(weights)
+    def __init__(self, patterns: Mapping[str, Pattern], estimator: str, belongs_to: Mapping[str, str]) -> None:
+        self._patterns, self.estimator, self.belongs_to = dict(patterns), estimator, dict(belongs_to)
 
     def __getitem__(self, layer: str) -> Pattern:
         return self._patterns[layer]
@@ -133,11 +226,11 @@ class Patterns(Mapping[str, Pattern]):
             for layer, pattern in self.items()
             for part in ("positive", "negative", "dead")
         }
-        marks = {f"weight/{layer}": mark for layer, mark in self._weights.items()}
-        write_tensors(Path(file), tensors, {"estimator": self.estimator, **marks})
+        write_tensors(Path(file), tensors, {"estimator": self.estimator, **belonging.metadata(self.belongs_to)})
 
 
 @float32_products()
+@_in_own_precision
 def fit_patterns(
     model: nn.Module, moments: LayerMoments, estimator: str | Estimator = "a_plus_minus", *, seed: int = 0
 ) -> Patterns:
@@ -150,7 +243,8 @@ def fit_patterns(
         seed: for estimators that draw.
 
     Raises:
-        UserError: where the estimator is unknown or has no patterns.
+        UserError: where the estimator is unknown or has no patterns; naming the layer, where the moments belong to
+            another network or to other weights.
     """
     if isinstance(estimator, str):
         if estimator not in ESTIMATORS:
@@ -158,20 +252,43 @@ def fit_patterns(
         estimator = ESTIMATORS[estimator]()
     if not estimator.has_pattern:
         raise UserError(f"estimator={estimator.name} has no patterns: {estimator.no_pattern_reason}")
-    network, found, marks = canonical_form(model, moments.example), {}, {}
+    network, found = canonical_form(model, moments.example), {}
+    _check_moments(model, network, {"moments": moments})
     for place, (name, sums) in enumerate(moments.items()):
         weight: Any = network.get_submodule(name).weight
         flat = weight.detach().flatten(1).double()
         pattern = estimator.fit(flat, sums, torch.Generator().manual_seed(seed + place))
         # In float64: what is left of x - a u, where u is large, is as small as a is exact.
         found[name] = Pattern(pattern.positive.view_as(weight), pattern.negative.view_as(weight), pattern.dead)
-        marks[name] = _mark(model.get_submodule(name))
-    return Patterns(found, estimator.name, marks)
+    belongs_to = moments.belongs_to or belonging.belongs_to(model, moments.example, moments)
+    return Patterns(found, estimator.name, belongs_to)
 
 
-def _mark(layer: Any) -> str:
-    """Changes when the layer's own weight does."""
-    return hashlib.sha256(layer.weight.detach().cpu().contiguous().view(-1).numpy().tobytes()).hexdigest()
+def _check_moments(model: nn.Module, network: nn.Module, given: Mapping[str, LayerMoments]) -> None:
+    """
+    Raises:
+        UserError: naming argument and layer, where moments do not belong to the model, whose canonical form is
+            ``network``, or are not finite.
+    """
+    now = belonging.digests(model) if any(moments.belongs_to for moments in given.values()) else {}
+    for argument, moments in given.items():
+        for name, sums in moments.items():
+            layer = dict(network.named_modules()).get(name)
+            weight = getattr(layer, "weight", None)
+            if not isinstance(weight, Tensor) or sums.xg.shape != weight.flatten(1).shape:
+                has = "is none" if weight is None else f"has a weight of shape {tuple(weight.shape)}"
+                raise UserError(
+                    f"{argument}: layer {name} {has} in {type(model).__name__}, and the moments are of "
+                    f"{sums.xg.shape[0]} neurons with {sums.xg.shape[1]} inputs: give the network that they were "
+                    "collected from"
+                )
+            if not all(tensor.sum().isfinite() for tensor in sums.tensors().values()):
+                raise UserError(f"{argument}: the moments of layer {name} hold NaN or Inf: collect them again")
+        if moments.belongs_to and (what := belonging.difference(moments.belongs_to, now)):
+            raise UserError(
+                f"{argument}: {what} than when the moments were collected: collect them again, or give the network of "
+                "then"
+            )
 
 
 def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
@@ -179,7 +296,8 @@ def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
 
     Raises:
         UserError: where the file cannot be read, was damaged since it was written, or was not fitted on this network:
-            naming the first layer that the network lacks, or that has another shape or other weights.
+            naming the first layer that the network lacks, or that has another shape or other weights. Files of earlier
+            versions tell less, and a warning says so.
     """
     path = Path(file).expanduser()
     if not path.is_file():
@@ -216,20 +334,32 @@ def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
             raise UserError(
                 f"file={file} does not tell which neurons of layer {name} are dead: save the patterns again"
             )
-        mark = metadata.get(f"weight/{name}")
-        if mark is not None and mark != _mark(modules[name]):
-            raise UserError(
-                f"file={file}: layer {name} has other weights than when its patterns were fitted: load the weights "
-                "of then, or fit the patterns again"
-            )
+        mark = metadata.get(f"weight/{name}")  # the raw bytes' digest, which earlier versions wrote
+        if mark is not None and mark != sha256(_raw_bytes(weight)).hexdigest():
+            raise _other(file, f"layer {name} has other weights")
         found[name] = Pattern(*(part.to(weight.device) for part in (positive, negative, dead)))
     if not found:
         raise UserError(f"file={file} holds no patterns: S_x, for one, has none")
-    marks = {key.removeprefix("weight/"): mark for key, mark in metadata.items() if key.startswith("weight/")}
-    return Patterns(found, metadata.get("estimator", "unknown"), marks)
+    belongs_to = belonging.from_metadata(metadata)
+    if not belongs_to:
+        log.warning("%s does not tell all weights that its patterns were fitted on, so others may go unnoticed", file)
+    elif what := belonging.difference(belongs_to, belonging.digests(model)):
+        raise _other(file, what)
+    return Patterns(found, metadata.get("estimator", "unknown"), belongs_to)
+
+
+def _raw_bytes(weight: Tensor) -> bytes:
+    return weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _other(file: str | Path, what: str) -> UserError:
+    return UserError(
+        f"file={file}: {what} than when its patterns were fitted: load the weights of then, or fit the patterns again"
+    )
 
 
 @float32_products()
+@_in_own_precision
 def evaluate(
     model: nn.Module,
     patterns: Mapping[str, Pattern],
@@ -255,11 +385,16 @@ def evaluate(
         By layer, one value per neuron (N,); NaN for dead neurons.
 
     Raises:
-        UserError: where a layer's moments are missing or have no Gram matrix, or the criterion is another.
+        UserError: where a layer's moments are missing, have no Gram matrix or belong to another network or other
+            weights, or the criterion is another.
     """
     if criterion not in CLOSED_FORM:
         raise UserError(f"criterion={criterion} is not measured here: give one of {', '.join(CLOSED_FORM)}")
     network, values = canonical_form(model, probe.example), {}
+    _check_moments(model, network, {"probe": probe, "test": test})
+    belongs_to = patterns.belongs_to if isinstance(patterns, Patterns) else {}
+    if belongs_to and (what := belonging.difference(belongs_to, belonging.digests(model))):
+        raise UserError(f"patterns: {what} than when they were fitted: fit them again, or give the network of then")
     for name, pattern in patterns.items():
         for setting, moments in (("probe", probe), ("test", test)):
             if name not in moments:
@@ -293,8 +428,10 @@ class _OnAnyNetwork(Method):
         self.patterns, self.last_layer = patterns, last_layer
 
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
-        self._logits(x)  # an input that does not fit is this method's to refuse, not the canonical form's
-        network = canonical_form(self.model, x)
+        network = _kept_form(self.model, x)
+        if network is None:
+            self._logits(x[:1])  # an input that does not fit is this method's to refuse, not the canonical form's
+            network = canonical_form(self.model, x)
         return self.method(network, self.patterns, self.last_layer)._attribute(x, target)
 
 
@@ -322,10 +459,41 @@ def _explained(explanation: Any, model: nn.Module, images: Tensor, target: Tenso
             f"an explanation has shape {tuple(found.shape)} and the images {tuple(images.shape)}: it must give one "
             "value per pixel, or per pixel and channel"
         )
+    if not found.isfinite().all():
+        raise UserError("an explanation holds NaN or Inf: mend it, or choose another method")
     return found
 
 
+def _answers(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+    """The network that puts out logits, and those for the images, (B, K).
+
+    Raises:
+        UserError: where it cannot take the images, or has no row of logits for each; naming a layer, where images or
+            outputs are NaN or infinite.
+    """
+    where = f"the batch of images 0 to {len(images) - 1}"
+    with torch.no_grad():
+        try:
+            if not images.isfinite().all():
+                raise _not_finite(next(iter(layers_in_order(model, images.clone())), "none"), where)
+            network = as_logits(model, images[:1].clone())
+            logits: Tensor = network(images.clone())
+            if logits.ndim != 2 or len(logits) != len(images):
+                raise UserError(
+                    f"model={type(model).__name__} makes outputs of shape {tuple(logits.shape)} from images of shape "
+                    f"{tuple(images.shape)}: give a network with one row of outputs for each image"
+                )
+            if not logits.softmax(1).isfinite().all():
+                raise _not_finite(first_not_finite(model, images.clone()) or "after the last one", where)
+        except _CANNOT as error:
+            if isinstance(error, UserError) or is_out_of_memory(error):
+                raise
+            raise _cannot_take(model, images, error) from error
+    return network, logits
+
+
 @float32_products()
+@_in_own_precision
 def degradation(
     model: nn.Module,
     images: Tensor,
@@ -343,7 +511,7 @@ def degradation(
 
     Args:
         model: the network, in evaluation mode.
-        images: (B, C, spatial...): signals, images or volumes.
+        images: (B, C, spatial...): signals, images or volumes, of any floating type.
         methods: by name, objects with ``attribute(inputs, target=...)`` (this suite's, captum's), or functions
             ``explain(model, inputs, targets)`` that return a tensor or array (Quantus').
         target: outputs to explain, (B,) or one for all; the predicted classes for None.
@@ -355,20 +523,21 @@ def degradation(
 
     Raises:
         UserError: where a setting or a target is not possible; where the network is in training mode, or puts out what
-            says not which its logits are.
+            says not which its logits are; where images, outputs or explanations are not finite.
     """
+    network, images = widened(model), _images(images, "images is")
+    own, images = images_for(model, images), images_for(network, images)
     for setting, given, choices in (("order", order, core_degradation.ORDERS),
                                     ("replacement", replacement, core_degradation.REPLACEMENTS)):  # fmt: skip
         if given not in choices:
             raise UserError(f"{setting}={given} is unknown: choose from {', '.join(choices)}")
     core_degradation.check_patches(images.shape[2:], patch, steps)
-    network = as_logits(model, images[:1])
-    with torch.no_grad():
-        target = targets(target, network(images))
+    network, logits = _answers(network, images)
+    target = targets(target, logits)
     grid, generator = core_degradation.grid_of(images.shape[2:], patch), torch.Generator().manual_seed(seed)
     ranks = {"random_order": core_degradation.random_ranks(len(images), grid, generator).to(images.device)}
     for name, explanation in methods.items():
-        ranks[name] = core_degradation.rank_patches(_explained(explanation, model, images, target), patch, order)
+        ranks[name] = core_degradation.rank_patches(_explained(explanation, model, own, target), patch, order)
     replaced_by = core_degradation.replacement(images, patch, replacement, value)
     with torch.no_grad():
         return {
@@ -378,6 +547,7 @@ def degradation(
 
 
 @float32_products()
+@_in_own_precision
 def draw_gallery(
     model: nn.Module, images: Tensor, methods: Mapping[str, Any], file: str | Path, target: Tensor | None = None
 ) -> None:
@@ -387,14 +557,14 @@ def draw_gallery(
     """
     from pattern_bench.figures import draw_explanations
 
-    network = as_logits(model, images[:1])
-    with torch.no_grad():
-        logits = network(images)
+    network, images = widened(model), _images(images, "images is")
+    own, images = images_for(model, images), images_for(network, images)
+    network, logits = _answers(network, images)
     _, predicted, confidence = answer(network, logits)
     target = targets(target, logits)
     columns = {}
     for name, explanation in methods.items():
         title = f"signal, {name}" if getattr(explanation, "kind", "") == "signal" else name
-        columns[title] = _explained(explanation, model, images, target).cpu()
+        columns[title] = _explained(explanation, model, own, target).cpu()
     captions = [f"predicted {p} ({c:.0%})" for p, c in zip(predicted.tolist(), confidence.tolist(), strict=True)]
     draw_explanations(images.cpu(), columns, captions, Path(file))

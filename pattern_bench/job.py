@@ -10,6 +10,7 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from pattern_bench import criterion, explanations, figures, fitting, ranks, results, terminal
+from pattern_bench.core import belonging
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.data.splits import SPLITS
 from pattern_bench.halving import enough_memory
@@ -114,7 +115,7 @@ def _stages(setup: Setup, shown: Stages, record: Record) -> None:
             "patterns.safetensors",
             results.pattern_tensors(shaped),
             {**names, "estimator": estimator.name, "split": "fit", "images": str(len(setup.splits["fit"])),
-             "seed": str(cfg.seed), "model_fingerprint": setup.model_key},
+             "seed": str(cfg.seed), "model_fingerprint": setup.model_key, **belonging.metadata(setup.belongs_to)},
         )  # fmt: skip
         fitted = {"estimator": estimator.name, "model": setup.model_key, "images": fingerprints["fit"]}
         record.uses("patterns", what, fitted, "patterns.safetensors")

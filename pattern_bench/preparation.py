@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader
 from pattern_bench import ranks
 from pattern_bench.cache import Cache, key_of
 from pattern_bench.config import build
+from pattern_bench.core import belonging
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.degradation import ORDERS, REPLACEMENTS
 from pattern_bench.core.estimators import Estimator
+from pattern_bench.core.half_precision import images_for, widened
 from pattern_bench.core.memory import fits
 from pattern_bench.core.network import layers_in_order, select_layers
 from pattern_bench.core.outputs import as_logits
@@ -58,6 +60,8 @@ class Setup:
     estimator: Estimator
     sample: Tensor
     outputs: int
+    belongs_to: dict[str, str] = field(default_factory=dict)
+    """The weights of the network as it came, before it was brought into canonical form (``core.belonging``)."""
 
     @property
     def names(self) -> dict[str, str]:
@@ -120,7 +124,8 @@ def prepare(cfg: DictConfig, folder: Path, bar: Bar, check: Callable[[Setup], No
     pool = splits["fit"].pool
 
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    built = model_source.build(sample, pool.classes)
+    built = widened(model_source.build(sample, pool.classes))
+    sample = _in_precision_of(built, sample, splits)
     logits, outputs = _logits(built, sample, model_source, source.name)
     network = canonical(logits, sample[None])  # before any training, so that what is refused is refused at once
     names = layers_in_order(network, sample[None])
@@ -147,7 +152,28 @@ def prepare(cfg: DictConfig, folder: Path, bar: Bar, check: Callable[[Setup], No
         setup.model = canonical(logits, sample[None])
         _check_finite(setup.model, cfg)
     setup.model_key = fingerprint(setup.model, _settings(cfg.model))
+    setup.belongs_to = belonging.belongs_to(built, sample[None], setup.layers)
     return setup
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """A transform whose images come in another precision."""
+
+    transform: Callable[[Any], Tensor]
+    dtype: torch.dtype
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.transform(image).to(self.dtype)
+
+
+def _in_precision_of(network: nn.Module, sample: Tensor, splits: Mapping[str, Split]) -> Tensor:
+    """``sample`` as the network takes it; the images of the splits will come in that precision, too."""
+    cast = images_for(network, sample)
+    if cast.dtype != sample.dtype:
+        for split in splits.values():
+            split.transform = _Cast(split.transform, cast.dtype)
+    return cast
 
 
 def _settings(model: DictConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pattern_bench.core.degradation import degradation_curve, rank_patches, repl
 from pattern_bench.core.firing import FiringCollector
 from pattern_bench.core.layers import Scratch
 from pattern_bench.core.memory import fits
-from pattern_bench.core.network import Watcher, collecting, layers_in_order
+from pattern_bench.core.network import Watcher, collecting, first_not_finite
 from pattern_bench.core.outputs import answer, probabilities
 from pattern_bench.core.reading import Correlation, Reader
 from pattern_bench.data.splits import Batch
@@ -67,23 +67,6 @@ def answers(model: nn.Module, images: Tensor, positions: Tensor) -> Tensor:
     if not probabilities(model, logits).isfinite().all():
         raise not_finite(first_not_finite(model, images) or "after the last one", positions)
     return logits
-
-
-def first_not_finite(model: nn.Module, images: Tensor) -> str | None:
-    """The first layer whose output is NaN or infinite somewhere, or None."""
-    watched = {name: _Finite() for name in layers_in_order(model, images)}
-    with torch.no_grad(), collecting(model, watched):
-        model(images)
-    return next((name for name, layer in watched.items() if not layer.finite), None)
-
-
-class _Finite:
-    """Whether all that a layer put out was finite."""
-
-    finite = True
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        self.finite = self.finite and bool(y.isfinite().all())
 
 
 class Stream(Halving, pl.LightningModule):

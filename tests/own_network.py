@@ -37,3 +37,16 @@ class Faulty(Residual):
             raise ZeroDivisionError("a bug in one process")
         if how == "waits":
             time.sleep(600)
+
+
+class InPrecision(Residual):
+    """The same in another precision, as weights are often published."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        with torch.no_grad():
+            # Numbers that every precision holds, so that the networks are the same.
+            for tensor in self.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.copy_(tensor.bfloat16())
+        self.to(getattr(torch, dtype))

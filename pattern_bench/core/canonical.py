@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
+from pattern_bench.core.half_precision import images_for, widen_
 from pattern_bench.core.layers import LAYER_TYPES, Layer, PaddedConv2d, convolved, geometry_of
 from pattern_bench.core.learned import CONSTANT, LearnedWeights
 from pattern_bench.core.network import refuse_training, unwrapped, without_weights
@@ -39,7 +40,8 @@ _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution", "linear")
 
 @float32_products()
 def canonical(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy in evaluation mode, without gradients, that computes the same outputs from plain layers.
+    """A copy in evaluation mode, without gradients, that computes the same outputs from plain layers; in float32 where
+    the network is in half precision.
 
     Layers whose effective weight is not their ``weight`` parameter (weight standardisation, weight norm) or that pad
     on their own are written out, and every batch norm that reads exactly what a Conv or Linear layer put out is
@@ -58,8 +60,8 @@ def canonical(model: nn.Module, example: Tensor) -> nn.Module:
             learned weights are multiplied with outside of Conv and Linear modules, or where the copy computes other
             outputs.
     """
-    network = _copy(model)
-    name = type(model).__name__
+    network = widen_(plain_copy(model))
+    name, example = type(model).__name__, images_for(network, example)
     with torch.no_grad():
         network = as_logits(network, example)
         expected = network(example)
@@ -119,7 +121,7 @@ def _rounded_alike(model: nn.Module, network: nn.Module, example: Tensor, otherw
     x = example.double()
     with torch.no_grad():
         try:
-            expected = as_logits(_copy(model), example).double()(x)
+            expected = as_logits(widen_(plain_copy(model)), example).double()(x)
             exact = copy.deepcopy(network).double()
             found = exact(x)
             if not same(exact(x), found, 1e-9):  # what is drawn anew in every pass is no rounding
@@ -137,7 +139,12 @@ def _rounded_alike(model: nn.Module, network: nn.Module, example: Tensor, otherw
     return same(found, expected, allowed + 1e-9)
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, without gradients and without what ``torch.compile`` has put around modules.
+
+    Raises:
+        UserError: where the network cannot be copied, is in training mode, or lacks weights.
+    """
     model = unwrapped(model)
     name = type(model).__name__
     refuse_training(model)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pattern_bench.core.cancellation import cancels
 from pattern_bench.core.gram import Autocorrelation, applies, is_small
+from pattern_bench.core.half_precision import wide
 from pattern_bench.core.layers import (
     Layer,
     Scratch,
@@ -71,9 +72,9 @@ class _Work:
 class Collector:
     """Sums of one layer over a stream of batches.
 
-    Products are taken in the precision of the activations, sums over batches in float64. Of small patches, and of a
-    batch whose mean is large against its deviation, products and u = wᵀx are in float64 too, so that no digit is lost
-    to cancellation; the gate is the network's own.
+    Products are taken in the precision of the activations (float32 for those in half precision), sums over batches in
+    float64. Of small patches, and of a batch whose mean is large against its deviation, products and u = wᵀx are in
+    float64 too, so that no digit is lost to cancellation; the gate is the network's own.
 
     Args:
         layer: Conv1d, Conv2d, Conv3d or Linear.
@@ -125,6 +126,7 @@ class Collector:
             torch.OutOfMemoryError: where the memory that is left is too small for a single image; :meth:`finish` goes
                 on from there, once there is more.
         """
+        x, y = wide(x), wide(y)
         if not self.geometry.kernel:
             x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         exact = self.small or cancels(x)

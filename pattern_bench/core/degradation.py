@@ -56,7 +56,7 @@ def rank_patches(heat: Tensor, patch: int, order: str = "most") -> Tensor:
 
 def random_ranks(images: int, grid: Sequence[int], generator: torch.Generator) -> Tensor:
     """Ranks in random order, (images, grid...)."""
-    return _ranks(torch.rand(images, *grid, generator=generator))
+    return _ranks(torch.rand(images, *grid, generator=generator, dtype=torch.float32))
 
 
 def _ranks(score: Tensor) -> Tensor:

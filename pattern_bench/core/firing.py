@@ -17,6 +17,7 @@ from pattern_bench.core.cancellation import cancels
 from pattern_bench.core.collector import sampled_positions
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.gram import is_small
+from pattern_bench.core.half_precision import wide
 from pattern_bench.core.layers import Layer, draw_positions, geometry_of, patch_size, patches, patches_at
 from pattern_bench.core.memory import SpentError, is_out_of_memory
 from pattern_bench.core.moments import MEMORY, Moments
@@ -115,6 +116,7 @@ class FiringCollector:
         Raises:
             SpentError: where there is no memory for it. It may have been added in part then, so there is no way on.
         """
+        x, y = wide(x), wide(y)
         self.finite &= torch.isfinite(x.sum()) & torch.isfinite(y.sum())
         if not self.geometry.kernel:
             x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])

@@ -109,3 +109,20 @@ def collecting(model: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[No
     finally:
         for handle in handles:
             handle.remove()
+
+
+def first_not_finite(model: nn.Module, images: Tensor) -> str | None:
+    """The first layer whose output is NaN or infinite somewhere, or None."""
+    watched = {name: _Finite() for name in layers_in_order(model, images)}
+    with torch.no_grad(), collecting(model, watched):
+        model(images)
+    return next((name for name, layer in watched.items() if not layer.finite), None)
+
+
+class _Finite:
+    """Whether all that a layer put out was finite."""
+
+    finite = True
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        self.finite = self.finite and bool(y.isfinite().all())

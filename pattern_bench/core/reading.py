@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pattern_bench.core.estimators import Pattern
+from pattern_bench.core.half_precision import wide
 from pattern_bench.core.layers import (
     Layer,
     convolved,
@@ -81,11 +82,11 @@ class Reader(nn.Module):
         self.criterion, self.regularisation = criterion, regularisation
         n, d, groups = neurons(layer), patch_size(layer), geometry_of(layer).groups
         channels = layer.weight.shape[1]
-        like = layer.weight.detach()
+        like = wide(layer.weight.detach())
         self.register_buffer("positive", pattern.positive.reshape(n, d).to(like))
         self.register_buffer("negative", pattern.negative.reshape(n, d).to(like))
-        wide = (groups, channels) if channels > WIDEST else (groups, channels, channels)
-        self.register_buffer("across_channels", like.new_zeros(wide))
+        shape = (groups, channels) if channels > WIDEST else (groups, channels, channels)
+        self.register_buffer("across_channels", like.new_zeros(shape))
         self.register_buffer("across_taps", like.new_zeros(groups, d // channels, d // channels))
         self.register_buffer("unit", like.new_ones(n))  # the target's deviation
         self.register_buffer("share", like.new_ones(n))  # of samples that count
@@ -117,12 +118,13 @@ class Reader(nn.Module):
 
     def samples(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Of a layer's input and output: x, u, the gate, the target, and which samples count (1 or 0)."""
+        x, y = wide(x), wide(y)
         if isinstance(self.layer, nn.Linear):
             x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         gate = y > 0
         bias = self.layer.bias
         # A copy in any case: the network may go on to overwrite y in place.
-        u = y.clone() if bias is None else y - bias.view(-1, *[1] * (y.ndim - 2))
+        u = y.clone() if bias is None else y - wide(bias).view(-1, *[1] * (y.ndim - 2))
         target = y.relu() if self.criterion == "rectified" else u
         counts = gate.to(y.dtype) if self.criterion == "positive" else torch.ones_like(y)
         return x, u, gate, target, counts

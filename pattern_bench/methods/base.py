@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from pattern_bench.core.estimators import Pattern
+from pattern_bench.core.half_precision import images_for, own_precision, wide, widened
 from pattern_bench.core.memory import is_out_of_memory
 from pattern_bench.core.network import in_training
 from pattern_bench.core.precision import float32_products
@@ -54,15 +56,17 @@ class Method:
         """The explanation of one output for each image.
 
         Works the same inside ``torch.no_grad`` and ``torch.inference_mode``, and computes in the network's own
-        precision inside ``torch.autocast``. The result is not differentiable: where ``inputs`` require a gradient,
-        asking for it raises a UserError.
+        precision inside ``torch.autocast``. A network in half precision is explained as a copy in float32, in which
+        the explanation comes. The result is not differentiable: where ``inputs`` require a gradient, asking for it
+        raises a UserError.
 
         Args:
-            inputs: (B, ...), as the network takes them.
+            inputs: (B, ...), in the network's precision; half precision is as good as float32.
             target: the class to explain, (B,) integers or one for all; None for the predicted one.
 
         Returns:
-            One value per input value, in the shape of ``inputs``.
+            One value per input value, in the shape of ``inputs``; float64 where the network and ``inputs`` are,
+            otherwise float32.
 
         Raises:
             UserError: where the network is in training mode, or cannot take the inputs; where these hold a NaN or
@@ -70,13 +74,10 @@ class Method:
         """
         self._check_model()
         self._check_inputs(inputs)
-        with (
-            float32_products(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(inputs.device.type, enabled=False),
-        ):
-            result = self._attribute(inputs.detach().clone(), self._classes(inputs, target)).detach()
+        with float32_products(), own_precision(inputs.device), torch.enable_grad():
+            method = self._on(widened(self.model))
+            x = images_for(method.model, inputs.detach().clone())
+            result = method._attribute(x, self._classes(inputs, target)).detach()
         if not result.isfinite().all():
             raise UserError(
                 f"{self.name}: the explanation is not finite, beyond what {result.dtype} holds: give model.double() "
@@ -86,8 +87,17 @@ class Method:
             return _NotDifferentiable.apply(inputs, result, self.name)
         return result
 
+    def _on(self, model: nn.Module) -> Self:
+        """The method on another copy of its network."""
+        if model is self.model:
+            return self
+        method = copy.copy(self)
+        method.model = model
+        return method
+
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
-        """The same for checked inputs, which are a copy, and checked targets (B,); gradients are enabled."""
+        """The same for checked inputs, which are a copy, and checked targets (B,); gradients are enabled, and nothing
+        is in half precision."""
         raise NotImplementedError
 
     # --- what methods are made of ---
@@ -171,7 +181,9 @@ class Method:
             raise UserError(f"{self.name}: inputs has shape {shape}: give a batch of at least one image, (B, ...)")
         parameters = [parameter for parameter in self.model.parameters() if parameter.is_floating_point()]
         dtypes = {parameter.dtype for parameter in parameters} or {inputs.dtype}
-        if not inputs.is_floating_point() or inputs.dtype not in dtypes:
+        # Half precision is brought to float32, where nothing is lost.
+        wider = {wide(parameter).dtype for parameter in parameters} or {wide(inputs).dtype}
+        if not inputs.is_floating_point() or wide(inputs).dtype not in wider:
             wanted = sorted(map(str, dtypes))[0] if parameters else "torch.float32"
             raise UserError(
                 f"{self.name}: inputs has dtype {inputs.dtype}, and {type(self.model).__name__} computes in {wanted}: "

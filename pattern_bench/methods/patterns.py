@@ -20,6 +20,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from pattern_bench.core.backward import own_weight_in_output_layers, replaced_weights
 from pattern_bench.core.estimators import Pattern
+from pattern_bench.core.half_precision import wide
 from pattern_bench.core.layers import LAYER_TYPES
 from pattern_bench.errors import UserError, did_you_mean
 from pattern_bench.methods.base import Method
@@ -63,6 +64,11 @@ class _Layerwise(Method):
         self.weights: dict[str, Tensor | None] = {}
         self.conserving = False
 
+    def _own_weights(self) -> dict[str, Tensor]:
+        """The layers' weights as they are now."""
+        layers: dict[str, Any] = {name: self.model.get_submodule(name) for name in self.layers}
+        return {name: layer.weight.detach() for name, layer in layers.items()}
+
     def _back(self, x: Tensor, target: Tensor | None, *, from_output: bool, last_layer: str = "positive") -> Tensor:
         """Goes back from the target's output, or from 1, to the input."""
         weights = {name: None if weight is None else weight.to(x.device) for name, weight in self.weights.items()}
@@ -100,7 +106,7 @@ class _PatternMethod(_Layerwise):
         for name, layer in self.layers.items():
             # A layer that never runs, such as an auxiliary head, needs no pattern: None is an error once it does.
             pattern = patterns.get(name)
-            weight = layer.weight.detach()
+            weight = wide(layer.weight.detach())
             self.weights[name] = None if pattern is None else self._replacement(name, weight, pattern)
 
     def _replacement(self, name: str, weight: Tensor, pattern: Pattern) -> Tensor:
@@ -203,7 +209,7 @@ class DtdW2(_Layerwise):
 
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
         self.conserving = True
-        self.weights = {name: _w2(layer.weight.detach()) for name, layer in self.layers.items()}
+        self.weights = {name: _w2(weight) for name, weight in self._own_weights().items()}
         return self._back(x, target, from_output=True)
 
 
@@ -229,5 +235,5 @@ class LrpZ(_Layerwise):
     kind = "attribution"
 
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
-        self.weights = {name: layer.weight.detach() for name, layer in self.layers.items()}
+        self.weights = {**self._own_weights()}
         return self._back(x, target, from_output=False) * x.detach()
