@@ -66,7 +66,7 @@ def run_folder(cfg: DictConfig) -> Iterator[Path]:
     with claimed(folder, setting):
         below = folder / ".hydra"
         below.mkdir(exist_ok=True)
-        own = OmegaConf.create({"hydra": OmegaConf.to_container(hydra_config) | {"output_subdir": below.name}})
+        own = OmegaConf.merge({"hydra": hydra_config}, {"hydra": {"output_subdir": below.name}})
         for name, content in (("config", cfg), ("hydra", own), ("overrides", hydra_config.overrides.task)):
             write_file(below / f"{name}.yaml", functools.partial(OmegaConf.save, content))
         for handler in logging.getLogger().handlers:

@@ -23,7 +23,7 @@ from pattern_bench.files import read_tensors, write_tensors
 def network():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.LeakyReLU(), nn.Flatten(),
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.PReLU(), nn.Flatten(),
         nn.Linear(320, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3),
     ).eval()  # fmt: skip
     with torch.no_grad():

@@ -218,7 +218,7 @@ def efficientnet(weights):
     return lite.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file.get_model_file_path()).eval()
 
 
-@pytest.mark.parametrize(("weights", "gram"), [("random", True), ("real", False)])
+@pytest.mark.parametrize(("weights", "gram"), [("random", True), ("real", True), ("real", False)])
 def test_patterns_of_every_layer_of_an_efficientnet(weights, gram):
     x = torch.randn(8, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     x = x.cumsum(2).cumsum(3)

@@ -137,6 +137,7 @@ ELEMENTWISE = {
     "fixed blur of scaled maps": lambda n, f, g: n.fc(
         F.conv2d(f * n.scale[:, None, None], torch.ones(8, 1, 2, 2), groups=8).mean((2, 3))
     ),
+    "learned slopes": lambda n, f, g: n.fc(F.prelu(F.prelu(n.norm(f), n.scale), n.scale[:1]).mean((2, 3))),
     "repeated scale": lambda n, f, g: n.fc((f * n.scale.view(8, 1, 1).repeat(1, 6, 6)).mean((2, 3))),
 }  # fmt: skip
 

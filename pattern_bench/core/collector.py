@@ -334,8 +334,8 @@ class Collector:
             self.lags.restore(lags)
 
     def moments(self) -> Moments:
-        """The sums so far, on the device that they were taken on: the layer may have been moved since, as Lightning moves
-        a network back to the CPU when a loop ends."""
+        """The sums so far, on the device that they were taken on: the layer may have been moved since, as Lightning
+        moves a network back to the CPU when a loop ends."""
         weight, bias = self._parameters()
         weight = weight.flatten(1)
         bias = torch.zeros_like(self.g) if bias is None else bias

@@ -46,6 +46,8 @@ _NORMALISING = (
     "_fused_rms_norm", "_softmax", "_log_softmax", "logsumexp",
 )  # fmt: skip
 """Operations that sum in order to normalise; with an elementwise affine part at most."""
+_ACTIVATIONS = ("prelu", "_prelu_kernel")
+"""Activations with learned slopes, which torch does not count among its elementwise operations."""
 _ADDED = ("bias", "attn_mask", "attn_bias")
 """Arguments, by name, of operations that sum: they are added to the sum."""
 
@@ -214,6 +216,8 @@ class LearnedWeights(TorchDispatchMode):
             return [(f, None, False) for f in self._shadows(func, args, kwargs, results)]
         if torch.Tag.pointwise in func.tags:
             return [self._elementwise(name, args, operands, t) for t in results]
+        if name in _ACTIVATIONS:
+            return [(self.read(args[0], "factors"), None, False)]
         if name in _NORMALISING:
             return [self._normalised(name, func, args, kwargs, results[0]), *nothing[1:]]
         if name in _MOVING:

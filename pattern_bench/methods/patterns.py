@@ -132,8 +132,8 @@ class _PatternMethod(_Layerwise):
             own = self._back(x.detach().clone(), target, from_output=True, last_layer="weight")
             if bool(own[silent].any()):
                 warnings.warn(
-                    f"{self.name}: the output that is explained never fired where patterns were fitted, so it has none: "
-                    "its own weight is propagated instead (last_layer=weight)",
+                    f"{self.name}: the output that is explained never fired where patterns were fitted, so it has no "
+                    "pattern: its own weight is propagated instead (last_layer=weight)",
                     stacklevel=2,
                 )
                 found = torch.where(silent.view(-1, *[1] * (x.ndim - 1)), own, found)
