@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -66,7 +66,8 @@ def run_folder(cfg: DictConfig) -> Iterator[Path]:
     with claimed(folder, setting):
         below = folder / ".hydra"
         below.mkdir(exist_ok=True)
-        own = OmegaConf.merge({"hydra": hydra_config}, {"hydra": {"output_subdir": below.name}})
+        plain: Any = OmegaConf.to_container(hydra_config)
+        own = OmegaConf.create({"hydra": {**plain, "output_subdir": below.name}})
         for name, content in (("config", cfg), ("hydra", own), ("overrides", hydra_config.overrides.task)):
             write_file(below / f"{name}.yaml", functools.partial(OmegaConf.save, content))
         for handler in logging.getLogger().handlers:
