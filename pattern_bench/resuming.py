@@ -91,6 +91,11 @@ def may_be_taken(text: str, swept: bool = False) -> bool:
     )
 
 
+def is_override(text: str) -> bool:
+    """Whether Hydra understands it as an override; flags are none."""
+    return _parsed(text) is not None
+
+
 def key_of(text: str) -> str:
     """What an override sets, however it is written."""
     override = _parsed(text)

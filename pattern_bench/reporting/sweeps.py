@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pattern_bench.__main__ import CONF
 from pattern_bench.errors import UserError
 from pattern_bench.foreign import UNREADABLE, read_yaml
-from pattern_bench.resuming import may_be_taken, quoted, shell_command
+from pattern_bench.resuming import is_override, may_be_taken, quoted, shell_command
 
 COMMANDS = {"pattern_bench": "summary.json", "gallery": "gallery.json", "sanity": "sanity.json"}
 """By the name that Hydra knows each command under: the file that says that its run is complete."""
@@ -154,7 +154,9 @@ class Names:
 
 def expected_names(overrides: Sequence[str]) -> Names | None:
     """Of the job with these overrides, which is composed and not run, nor is anything imported that it names; None
-    where it cannot be composed. What no folder chooses is left out."""
+    where Hydra does not understand them, or cannot compose them. What no folder chooses is left out."""
+    if not all(map(is_override, overrides)):
+        return None
     kept = [text for text in overrides if may_be_taken(text) or _NAME_ALONE.fullmatch(text)]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
