@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
@@ -67,6 +69,12 @@ def _in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _device(model: nn.Module) -> torch.device:
+    """
+    Raises:
+        UserError: where ``model`` is no network.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model={_told(model)} is no network: give a torch.nn.Module")
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
@@ -95,6 +103,57 @@ def _kept_form(model: nn.Module, example: Tensor) -> nn.Module | None:
     return None
 
 
+def _told(value: Any) -> str:
+    """A wrong argument as errors show it: short values as they are, others by their type."""
+    return repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+
+
+def _check_number(name: str, value: Any, *, whole: bool, least: float, most: float = math.inf) -> None:
+    """
+    Raises:
+        UserError: where ``value`` is no number between ``least`` and ``most``, both included.
+    """
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not number or not least <= value <= most or value == math.inf:
+        kind = "a whole number" if whole else "a number"
+        to = f"from {least:g} to {most:g}" if math.isfinite(most) else f"of at least {least:g}"
+        raise UserError(f"{name}={_told(value)} is not possible: give {kind} {to}")
+
+
+def _check_moments_given(argument: str, moments: Any) -> None:
+    """
+    Raises:
+        UserError: where ``moments`` are not of :func:`collect_moments`.
+    """
+    if not isinstance(moments, LayerMoments):
+        raise UserError(f"{argument}={_told(moments)} is no moments: give what pb.collect_moments returned")
+
+
+def _check_methods(methods: Any) -> None:
+    """
+    Raises:
+        UserError: where ``methods`` are not explanations by name.
+    """
+    if not isinstance(methods, Mapping):
+        raise UserError(f"methods={_told(methods)} is not possible: give explanations by name, as {{'mine': method}}")
+    for name, method in methods.items():
+        explains = getattr(method, "attribute", method)
+        if not isinstance(name, str) or isinstance(method, type) or not callable(explains):
+            raise UserError(
+                f"methods: {name!r}={_told(method)} is not possible: give, by a name, an object with "
+                "attribute(inputs, target=...), or a function of model, inputs and targets"
+            )
+
+
+def _check_patterns(patterns: Any) -> None:
+    """
+    Raises:
+        UserError: where ``patterns`` are not patterns by layer.
+    """
+    if not isinstance(patterns, Mapping) or not all(isinstance(pattern, Pattern) for pattern in patterns.values()):
+        raise UserError(f"patterns={_told(patterns)} is no patterns by layer: give what pb.fit_patterns returned")
+
+
 def _images(images: Any, where: str) -> Tensor:
     """
     Raises:
@@ -106,6 +165,9 @@ def _images(images: Any, where: str) -> Tensor:
             f"{where} {kind} where images should be: give batches of float tensors (B, C, ...), or tuples "
             "that start with one"
         )
+    if images.layout != torch.strided or images.is_nested or images.is_meta:
+        kind = "meta" if images.is_meta else "nested" if images.is_nested else images.layout
+        raise UserError(f"{where} a {kind} tensor where images should be: give dense ones, with values")
     return images.detach().clone() if images.is_inference() else images.detach()
 
 
@@ -170,9 +232,18 @@ def collect_moments(
         UserError: where the loader yields no images, a layer does not exist, or the network is not supported.
     """
     device = _device(model)
+    if not isinstance(loader, Iterable):
+        raise UserError(f"loader={_told(loader)} yields nothing: give a DataLoader, or a list of batches of images")
+    listed = [] if layers is None or isinstance(layers, str) else layers
+    if not isinstance(listed, Iterable) or not all(isinstance(name, str) for name in listed):
+        raise UserError(f"layers={layers!r} is not possible: give a name, a glob, or a list of them")
+    _check_number("memory", memory, whole=True, least=1)
+    _check_number("positions", positions, whole=False, least=1e-6, most=1)
+    _check_number("seed", seed, whole=True, least=-(2**63), most=2**62)
     network, collectors, seen = None, {}, 0
     for number, batch in enumerate(loader):
-        images = _images(batch[0] if isinstance(batch, tuple | list) else batch, "loader yields").to(device)
+        first = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
+        images = _images(first, "loader yields").to(device)
         if not len(images):
             continue
         try:
@@ -250,8 +321,12 @@ def fit_patterns(
         if estimator not in ESTIMATORS:
             raise UserError(f"estimator={estimator} is unknown: {did_you_mean(estimator, ESTIMATORS)}")
         estimator = ESTIMATORS[estimator]()
+    if not isinstance(estimator, Estimator):
+        raise UserError(f"estimator={_told(estimator)} is none: give {', '.join(ESTIMATORS)}, or an Estimator")
     if not estimator.has_pattern:
         raise UserError(f"estimator={estimator.name} has no patterns: {estimator.no_pattern_reason}")
+    _check_number("seed", seed, whole=True, least=-(2**63), most=2**62)
+    _check_moments_given("moments", moments)
     network, found = canonical_form(model, moments.example), {}
     _check_moments(model, network, {"moments": moments})
     for place, (name, sums) in enumerate(moments.items()):
@@ -299,6 +374,9 @@ def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
             naming the first layer that the network lacks, or that has another shape or other weights. Files of earlier
             versions tell less, and a warning says so.
     """
+    _device(model)  # refuses what is no network
+    if not isinstance(file, str | Path):
+        raise UserError(f"file={_told(file)} is not a file: give one that patterns were saved to")
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"file={file} is not a file: give one that patterns were saved to")
@@ -390,6 +468,11 @@ def evaluate(
     """
     if criterion not in CLOSED_FORM:
         raise UserError(f"criterion={criterion} is not measured here: give one of {', '.join(CLOSED_FORM)}")
+    _check_number("regularisation", regularisation, whole=False, least=0)
+    _check_number("memory", memory, whole=True, least=1)
+    _check_moments_given("probe", probe)
+    _check_moments_given("test", test)
+    _check_patterns(patterns)
     network, values = canonical_form(model, probe.example), {}
     _check_moments(model, network, {"probe": probe, "test": test})
     belongs_to = patterns.belongs_to if isinstance(patterns, Patterns) else {}
@@ -423,8 +506,9 @@ class _OnAnyNetwork(Method):
 
     def __init__(self, model: nn.Module, patterns: Mapping[str, Pattern], last_layer: str = "positive") -> None:
         super().__init__(model)
-        if not patterns:
+        if patterns is None or (isinstance(patterns, Mapping) and not patterns):
             raise UserError(f"{self.name} needs patterns, and there are none: fit them with pb.fit_patterns")
+        _check_patterns(patterns)
         self.patterns, self.last_layer = patterns, last_layer
 
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
@@ -525,6 +609,10 @@ def degradation(
         UserError: where a setting or a target is not possible; where the network is in training mode, or puts out what
             says not which its logits are; where images, outputs or explanations are not finite.
     """
+    _check_methods(methods)
+    if replacement == "constant":
+        _check_number("value", value, whole=False, least=-1e30, most=1e30)
+    _check_number("seed", seed, whole=True, least=-(2**63), most=2**63 - 1)
     network, images = widened(model), _images(images, "images is")
     own, images = images_for(model, images), images_for(network, images)
     for setting, given, choices in (("order", order, core_degradation.ORDERS),
@@ -555,6 +643,7 @@ def draw_gallery(
 
     The arguments are those of :func:`degradation`.
     """
+    _check_methods(methods)
     from pattern_bench.figures import draw_explanations
 
     network, images = widened(model), _images(images, "images is")

@@ -221,9 +221,16 @@ def as_logits(model: nn.Module, example: Tensor, output: Output = None) -> nn.Mo
         whole = model(example)
     y = selected(whole, output, name)
     plain = y is whole
+    if not y.is_floating_point():
+        raise UserError(
+            f"model={name} puts out {y.dtype}: explanations start from logits, so hand over a network that puts them "
+            "out, not the classes that they choose"
+        )
+    if len(example) == 1 and y.ndim == 1 and len(y) > 1:  # its squeeze() removes the batch of one image, too
+        y = y[None]
     if y.ndim == 1 and len(y) == len(example):
         y, plain = y[:, None], False
-    if y.ndim != 2 or len(y) != len(example) or not y.is_floating_point():
+    if y.ndim != 2 or len(y) != len(example):
         return plain_model if plain else Logits(model, output)
     for number, call in reversed(list(enumerate(calls.calls))):
         if call.gives(y):
@@ -258,7 +265,13 @@ def selected(outputs: Any, output: Output, name: str) -> Tensor:
     if output is None and isinstance(outputs, Tensor):
         return outputs
     if callable(output):
-        found = output(outputs)
+        try:
+            found = output(outputs)
+        except Exception as error:
+            raise UserError(
+                f"model={name}: the function that chooses its logits failed ({type(error).__name__}: {error}): it gets "
+                f"what the network returns, a {type(outputs).__name__}"
+            ) from error
         if isinstance(found, Tensor):
             return found
         raise UserError(

@@ -96,6 +96,8 @@ def _residual(m: Moments, pattern: Pattern, part: slice, target: Target) -> _Res
     )
 
 
+SMALLEST_RAISED = 1e-8
+"""The first λ that is tried where none, or less, does not do, as a multiple of Σ's mean diagonal."""
 COPIES = 24
 """How many times the patches' size D a neuron takes while it is solved for: right-hand sides, solutions, products."""
 
@@ -131,7 +133,7 @@ class Probe:
         self.factor, failed = self._factorise()
         # Rounding of float32 products can leave Σ short of positive definite by more than a small λ.
         while failed and self.regularisation < LARGEST_REGULARISATION:
-            self.regularisation *= 10
+            self.regularisation = max(10 * self.regularisation, SMALLEST_RAISED)
             self.factor, failed = self._factorise()
         if failed:
             raise ValueError(
