@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from pattern_bench import ranks, stopping
 from pattern_bench.errors import UserError
-from pattern_bench.telling import tells
+from pattern_bench.launch import tells
 
 SECONDS_FOR_OTHERS = 1.0
 """In which those that were lost together are noticed together."""

@@ -11,8 +11,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from pattern_bench.launch import number_from_outside
-from pattern_bench.telling import tells
+from pattern_bench.launch import number_from_outside, tells
 
 _folder = ""
 _sweep = False
