@@ -13,7 +13,7 @@ from test_resume import same
 
 HERE = Path(__file__).parent
 JOB = [
-    "logger=none", "data.limit=100", "model.training.epochs=2", "layer=features.0", "degradation.images=4",
+    "logger=none", "data.limit=100", "model.training.epochs=2", "degradation.images=4",
     "data.batch_size=16", "explanation.images=1", "quiet=true", "probe=both", "probe.steps=20", "bootstrap.resamples=3",
     "bootstrap.chunks=4",
 ]  # fmt: skip
@@ -86,9 +86,10 @@ def ends_and_goes_on(tmp_path, undisturbed, number, stage, *several):
 EVERY = [(stage, number) for number in SIGNALS for stage in STAGES]
 
 
-def test_a_job_that_is_stopped_in_every_stage_finds_what_an_undisturbed_one_does(tmp_path, undisturbed):
-    """By one signal after the other; taken up again after each."""
-    for number, stage in enumerate(STAGES):
+def test_a_job_that_is_stopped_in_one_stage_after_another_finds_what_an_undisturbed_one_does(tmp_path, undisturbed):
+    """In those that no other quick test of this file stops."""
+    left = [stage for stage in STAGES if stage not in ("accuracy", "fit_probe", "rho")]
+    for number, stage in enumerate(left):
         begun = ["resume=run"] if number else [*JOB, "hydra.run.dir=run"]
         obeys(tmp_path, SIGNALS[number % len(SIGNALS)], stage, *begun)
     goes_on(tmp_path, undisturbed)
@@ -140,7 +141,7 @@ def test_galleries_and_sanity_checks_obey_too(tmp_path, cache_dir, module, stage
 
 @pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=pytest.mark.slow)])
 def test_a_sweep_ends_and_does_not_go_on_with_its_next_job(tmp_path, cache_dir, launcher):
-    sweep = [*JOB, "-m", "estimator=w,a", "hydra.sweep.dir=sweep", f"hydra/launcher={launcher}"]
+    sweep = [*JOB, "estimator=w,a", "hydra.sweep.dir=sweep", f"hydra/launcher={launcher}", "-m"]
     job = start(tmp_path, *sweep, cache=cache_dir, at="accuracy:wait")
     while not (tmp_path / "mark").exists() and job.poll() is None:
         time.sleep(0.1)
@@ -148,7 +149,7 @@ def test_a_sweep_ends_and_does_not_go_on_with_its_next_job(tmp_path, cache_dir, 
     code, err = finish(job)
     assert code == 143, err
     assert err.count("stopped by SIGTERM: go on with python -m pattern_bench") == 1
-    assert err.strip().endswith("hydra.sweep.dir=sweep")
+    assert f"hydra/launcher={launcher} hydra.sweep.dir=sweep -m\n" in err
     assert "Traceback" not in err
     assert not [*tmp_path.glob("sweep/*/summary.json")]
     if launcher == "basic":
