@@ -217,9 +217,9 @@ def test_a_setting_is_in_the_keys_that_are_declared_and_in_no_other(keys_of, bef
 
 
 def _settings_of(change):
-    """A group's choice stands for its class."""
+    """A group's choice stands for its class, or kind."""
     for name in re.findall(r"([\w.]+)=", change):
-        yield f"{name}._target_" if name in ("estimator", "method") else name
+        yield {"estimator": "estimator._target_", "method": "method._target_", "logger": "logger.kind"}.get(name, name)
 
 
 def fingerprints(configure, *overrides):
