@@ -19,14 +19,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pattern_bench import go_on, stopping
+from pattern_bench import resume_hint, stopping
 from pattern_bench.claim import claimed
 from pattern_bench.config import check_complete
 from pattern_bench.errors import UserError
-from pattern_bench.launch import Job, cannot_use, end_with_the_launcher, launch, number_from_outside
+from pattern_bench.launch import Job, cannot_use, end_with_the_launcher, launch, number_from_outside, tells
 from pattern_bench.launchers import message_for, one_job
 from pattern_bench.resuming import folder_of, quoted, resumed_overrides
-from pattern_bench.telling import tells
 from pattern_bench.writing import write_file
 
 HERE = Path(__file__).parent
@@ -150,7 +149,7 @@ def command_line(command: Callable[[], None], module: str = "pattern_bench") -> 
         end_with_the_launcher()
     given = sys.argv[1:]
     try:
-        with stopping.obeyed(lambda number: go_on.tell(number, module, given), launched=outside is not None):
+        with stopping.obeyed(lambda number: resume_hint.tell(number, module, given), launched=outside is not None):
             check_sweep(given, module)
             sys.argv[1:] = arguments(given, module)
             command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pattern_bench import stopping
 from pattern_bench.errors import UserError
 
 try:
@@ -59,16 +61,23 @@ def claimed(folder: Path, setting: str) -> Iterator[None]:
     over = threading.Event()
     beats = threading.Thread(target=_beat, args=(file, descriptor, over), daemon=True)
     beats.start()
+    let_go = functools.partial(_let_go, file, descriptor)
+    stopping.last_acts.add(let_go)
     try:
         yield
     finally:
         over.set()
         beats.join()
-        del _held[file]
-        with contextlib.suppress(OSError):
-            if _is_at(descriptor, file):
-                file.unlink()
+        stopping.last_acts.discard(let_go)
+        let_go()
         os.close(descriptor)
+
+
+def _let_go(file: Path, descriptor: int) -> None:
+    _held.pop(file, None)
+    with contextlib.suppress(OSError):
+        if _is_at(descriptor, file):
+            file.unlink()
 
 
 def _forget() -> None:

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import logging
 import logging.config
 import os
+import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from pattern_bench.errors import UserError
 
 Job = Callable[[DictConfig, Path], Any]
 SECONDS_TO_CLOSE = 5
+SECONDS_TO_ASK = 1.0
 TAKEN = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 """Signals that PyTorch's launcher takes for itself."""
 _threads_alone: int | None = None
@@ -43,6 +48,25 @@ def number_from_outside() -> tuple[int, int] | None:
             if size > 1:
                 return int(os.environ[number]), size
     return None
+
+
+def tells() -> bool:
+    """Whether this process is the first of the job to ask: what all know that torchrun or srun started is to be said
+    once. One that cannot reach the others tells, too."""
+    if number_from_outside() is None:
+        return True
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not host or not port:
+        return True
+    try:
+        # The store's own attempts to connect leave warnings.
+        socket.create_connection((host, int(port)), SECONDS_TO_ASK).close()
+        from torch.distributed import TCPStore
+
+        store = TCPStore(host, int(port), timeout=timedelta(seconds=SECONDS_TO_ASK), wait_for_workers=False)
+        return store.add(f"pattern_bench/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except (OSError, ValueError, RuntimeError):
+        return True
 
 
 def end_with_the_launcher() -> None:
@@ -116,7 +140,7 @@ def _start(count: int, job: Job, config: Any, folder: Path, log_config: Any) -> 
         if name.startswith(("torch.distributed.", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="pattern_bench-") as notes:
-        stopping.scratch.add(notes)
+        stopping.last_acts.add(functools.partial(shutil.rmtree, notes, ignore_errors=True))
         how = LaunchConfig(
             1, 1, count, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
             local_addr="127.0.0.1", max_restarts=0, shutdown_timeout=SECONDS_TO_CLOSE,

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from pattern_bench import ranks, stopping
 from pattern_bench.errors import UserError
-from pattern_bench.telling import tells
+from pattern_bench.launch import tells
 
 SECONDS_FOR_OTHERS = 1.0
 """In which those that were lost together are noticed together."""
@@ -64,6 +64,8 @@ class _Watch:
         self.peers = _connected(lost_after)
         self.gone: set[int] = set()
         self.left = False
+        self.telling = threading.Lock()
+        self.told = False
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def leave(self, word: str) -> None:
@@ -115,6 +117,9 @@ class _Watch:
 
     def _lost(self, how: str) -> NoReturn:
         """Tells of those that were lost, and ends this process."""
+        speaks = ranks.first() or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+        # A launcher that has lost its own connection ends this process meanwhile.
+        stopping.last_acts.add(lambda: self._tell(how) if speaks else None)
         until = time.monotonic() + SECONDS_FOR_OTHERS
         while (left := until - time.monotonic()) > 0:
             self._listen(left)
@@ -123,12 +128,15 @@ class _Watch:
         for number, peer in self.peers.items():
             if number not in self.gone:
                 _say(peer, "over 0")
-        if ranks.first() or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-            if tells():
-                os.write(2, f"error: {self._message(how)}\n".encode())
-        else:
+        if not speaks:
             time.sleep(SECONDS_FOR_OTHERS)  # the launcher ends all of a node when one ends
         stopping.end_at_once(1)
+
+    def _tell(self, how: str) -> None:
+        with self.telling:  # whoever comes second ends the process, and waits for that
+            if not self.told and tells():
+                os.write(2, f"error: {self._message(how)}\n".encode())
+            self.told = True
 
     def _message(self, how: str) -> str:
         nodes: dict[str, list[str]] = {}

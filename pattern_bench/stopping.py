@@ -11,7 +11,6 @@ import contextlib
 import multiprocessing
 import os
 import select
-import shutil
 import signal
 import sys
 import threading
@@ -29,8 +28,8 @@ SECONDS_FOR_A_BATCH = 2.0
 """For a loop to come to the end of a batch, where its sums are whole and can be kept."""
 
 Tell = Callable[[int], None]
-scratch: set[str] = set()
-"""Temporary folders that are removed however the process ends."""
+last_acts: set[Callable[[], None]] = set()
+"""What is done however the process ends, such as removing a temporary folder."""
 _number = 0
 _looking = 0
 _active = False
@@ -161,8 +160,9 @@ def end_at_once(code: int) -> NoReturn:
         os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
     for child in multiprocessing.active_children():
         child.kill()
-    for folder in scratch:
-        shutil.rmtree(folder, ignore_errors=True)
+    for act in list(last_acts):
+        with contextlib.suppress(Exception):
+            act()
     os._exit(code)
 
 

@@ -104,7 +104,7 @@ def test_a_mistake_is_told_once(start):
 
 
 @pytest.mark.parametrize(("lost", "which"), [("killed", 1), ("killed", 0), ("vanished", 1)])
-def test_a_host_that_is_lost_ends_the_job_on_the_other(hosts, start, alone, tmp_path, lost, which):
+def test_a_host_that_is_lost_ends_the_job_on_the_other(hosts, start, alone, cache_dir, tmp_path, lost, which):
     """While the first process computes alone, and all others wait for it in an exchange for longer than silence may
     last; taken up again, in one process, the run is as an undisturbed one."""
     mark = tmp_path / "mark"
@@ -137,7 +137,7 @@ def test_a_host_that_is_lost_ends_the_job_on_the_other(hosts, start, alone, tmp_
         assert other.count("error: lost process 0 on hosta") == 1
     assert not [*(tmp_path / "tmp0").glob("pattern_bench-*"), *(tmp_path / "tmp1").glob("pattern_bench-*")]
     assert hosts.processes() == []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATTERN_BENCH_CACHE": str(cache_dir)}
     job = [sys.executable, "-m", "pattern_bench", f"resume={tmp_path / 'run'}", "trainer.devices=1"]
     subprocess.run([*job, "trainer.num_nodes=1"], env=environment, check=True, capture_output=True)
     same(alone, tmp_path / "run")

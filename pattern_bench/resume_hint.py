@@ -11,8 +11,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from pattern_bench.launch import number_from_outside
-from pattern_bench.telling import tells
+from pattern_bench.launch import number_from_outside, tells
 
 _folder = ""
 _sweep = False
@@ -49,9 +48,12 @@ def _what_to_do(module: str, given: list[str]) -> str:
     if not _folder:
         return "nothing was begun, give the same command again"
     if _sweep:
-        others = [argument for argument in given if not argument.startswith("hydra.sweep.dir=")]
+        again = [argument for argument in given if not argument.startswith("hydra.sweep.dir=")]
         folder = _folder if re.fullmatch(r"[\w./-]+", _folder) else f"'{_folder}'"
-        return f"go on with {shlex.join(['python', '-m', module, *others, f'hydra.sweep.dir={folder}'])}"
+        # Beside the other overrides: on either side of a flag, Hydra would not understand them.
+        overrides = [place for place, argument in enumerate(again, 1) if "=" in argument and argument[0] != "-"]
+        again.insert(overrides[-1] if overrides else len(again), f"hydra.sweep.dir={folder}")
+        return f"go on with {shlex.join(['python', '-m', module, *again])}"
     command = shlex.join(["python", "-m", module, f"resume={_folder}"])
     if number_from_outside() is not None:
         return f"go on with {command}, started by torchrun or srun as before"
