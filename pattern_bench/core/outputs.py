@@ -22,7 +22,7 @@ Output = str | int | Callable[[Any], Tensor] | None
 """Which of a network's outputs are its logits: a key, an index, or a function of all; None for the only one."""
 
 _SOFTMAX = ("softmax", "log_softmax")
-_SIGMOID = ("sigmoid", "sigmoid_", "logsigmoid", "expit", "special_expit")
+_SIGMOID = ("sigmoid", "sigmoid_", "logsigmoid", "log_sigmoid", "expit", "special_expit")
 
 
 # --- probabilities ---
