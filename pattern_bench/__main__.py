@@ -31,6 +31,8 @@ from pattern_bench.writing import write_file
 HERE = Path(__file__).parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
 # In addresses: a password before the host, or a signature after the path. Hydra writes down what it is given.
+_RESUME = re.compile(r"\+{0,2}resume=")
+_EMPTY = re.compile(r"""[+~]*[\w./@-]+=(''|"")?""")
 _CREDENTIALS = re.compile(
     r"\w://[^/\s@'\"]*:[^/\s@'\"]+@|\w://[^\s'\"]*[?&][^=&]*(signature|token|secret|password|credential|api_?key)[^=&]*=",
     re.IGNORECASE,
@@ -92,17 +94,21 @@ def arguments(given: list[str], module: str = "pattern_bench") -> list[str]:
     torchrun or srun started beside the first leaves nothing of its own.
 
     Raises:
-        UserError: where an address has credentials in it, ``DIR`` is no run's folder or says what no folder may, or a
-            sweep is started in several processes.
+        UserError: where a setting is given without a value, an address has credentials in it, ``DIR`` is no run's
+            folder or says what no folder may, or a sweep is started in several processes.
     """
     if secret := next((argument for argument in given if _CREDENTIALS.search(argument)), None):
         raise UserError(
             f"{secret.partition('=')[0]} has credentials in it, which would be written down: leave them out of the "
             "address, and put them into ~/.netrc or the environment"
         )
-    kept = [argument for argument in given if not argument.startswith("resume=")]
-    folders = [folder_of(argument) for argument in given if argument.startswith("resume=")]
-    if folders and folders[-1] not in ("", "null"):
+    # As a shell makes it of an unset variable: an empty path would be the current folder.
+    if empty := next((argument for argument in given if _EMPTY.fullmatch(argument)), None):
+        raise UserError(f"{empty} has no value: give one, or leave it out")
+    resumed = [argument.lstrip("+") for argument in given if _RESUME.match(argument)]
+    kept = [argument for argument in given if not _RESUME.match(argument)]
+    folders = [folder_of(argument) for argument in resumed]
+    if folders and folders[-1] != "null":
         kept = [*resumed_overrides(folders[-1], kept, module), *kept, f"hydra.run.dir={quoted(folders[-1])}"]
     outside = number_from_outside()
     if outside is None:

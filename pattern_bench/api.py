@@ -165,9 +165,10 @@ def _images(images: Any, where: str) -> Tensor:
             f"{where} {kind} where images should be: give batches of float tensors (B, C, ...), or tuples "
             "that start with one"
         )
-    if images.layout != torch.strided or images.is_nested or images.is_meta:
-        kind = "meta" if images.is_meta else "nested" if images.is_nested else images.layout
-        raise UserError(f"{where} a {kind} tensor where images should be: give dense ones, with values")
+    empty = images.is_meta and type(images) is Tensor  # a subclass may have its values elsewhere
+    if images.layout != torch.strided or images.is_nested or empty:
+        what = "meta" if empty else "nested" if images.is_nested else images.layout
+        raise UserError(f"{where} a {what} tensor where images should be: give dense ones, with values")
     return images.detach().clone() if images.is_inference() else images.detach()
 
 

@@ -115,13 +115,13 @@ def _done(options: argparse.Namespace) -> list[str]:
     folder, now = Path(options.dir).expanduser().absolute(), time.time()
     older = None if options.older_than is None else age_of(options.older_than)
     down_to = None if options.down_to is None else size_of(options.down_to)
-    if not folder.is_dir():
+    if not options.dir or not folder.is_dir():
         raise UserError(f"--dir={options.dir} is no folder: give the one that cache.dir names")
     found = list(entries(folder, options.kind))
     if not options.remove:
         return [str(folder), *table(found, in_use(folder), now)]
     picked = chosen(found, older, down_to, now)
-    if options.dry_run:
+    if options.dry_run or not picked:
         used = in_use(folder)
         gone = [entry for entry in picked if (entry.kind, entry.key) not in used]
     else:

@@ -33,6 +33,8 @@ def check_complete(cfg: DictConfig) -> None:
             PACKAGES without ``allow_any_target``; or an argument of the trainer's that is not possible.
     """
     missing = list(_missing(OmegaConf.to_container(cfg, resolve=False), ""))
+    if cfg.cache.dir == "":  # of an empty environment variable, which would be the current folder
+        missing.append("cache.dir")
     if missing:
         raise UserError(f"{missing[0]} has no value: give one, {missing[0]}=…")
     trusted = _trusted(cfg)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import json
 import logging
@@ -219,7 +220,8 @@ def cannot_use(error: OSError, folder: Path | None = None) -> str:
     """A message for what the disk refused, most likely in ``folder``."""
     place = error.filename or folder
     where = f" {place}" if place else ""
-    return f"cannot use{where} ({error.strerror or error}): free space, or choose another hydra.run.dir"
+    free = "free space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"cannot use{where} ({error.strerror or error}): {free}choose another hydra.run.dir"
 
 
 @contextlib.contextmanager

@@ -211,3 +211,18 @@ def test_a_message_holds_no_control_characters():
     assert shell_command(["a\x1b[2J\n", "b" * 10_000]).isprintable()
     assert len(shell_command(["b" * 10_000])) < 300
     assert not may_be_taken("--x")
+
+
+@pytest.mark.parametrize(
+    "given", ["cache.dir=", "hydra.run.dir=''", 'data.root=""', "resume=", "+resume=", "++model.weights="]
+)
+def test_a_setting_without_a_value_is_refused(given):
+    """As a shell makes it of an unset variable: an empty path would be the current folder."""
+    with pytest.raises(UserError, match="has no value: give one, or leave it out"):
+        arguments(["estimator=a", given])
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_resume_is_understood_however_it_is_written(tmp_path, prefix):
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        arguments([f"{prefix}resume={tmp_path}"])
