@@ -23,6 +23,8 @@ from pattern_bench.launch import tells
 
 SECONDS_FOR_OTHERS = 1.0
 """In which those that were lost together are noticed together."""
+SECONDS_TO_NOTICE = 0.3
+"""In which a process that ends for another reason still notices that one was lost."""
 
 
 @dataclass
@@ -72,6 +74,13 @@ class _Watch:
         """Takes leave of the others. Where one of them was lost, this process ends in here."""
         self.left = True
         self.thread.join()
+        # A launcher that has lost its own connection, or an exchange that was cut, may be heard of before the process
+        # that was lost.
+        until = time.monotonic() + SECONDS_TO_NOTICE
+        while word != "bye" and self.peers and not self.gone and (left := until - time.monotonic()) > 0:
+            self._listen(left)
+        if self.gone:
+            self._lost("ended without a word")
         for peer in self.peers.values():
             _say(peer, word)
             peer.link.close()
@@ -110,7 +119,7 @@ class _Watch:
             peer.heard = time.monotonic()
             *lines, peer.begun = (peer.begun + come).split(b"\n")
             for word, _, which in (line.decode().partition(" ") for line in lines):
-                if word == "bye":
+                if word == "bye" or (word == "over" and self.left):
                     del self.peers[number]
                 elif word == "over" and not self.gone:
                     self._over(number, int(which))
