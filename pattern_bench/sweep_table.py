@@ -14,23 +14,23 @@ from omegaconf import DictConfig
 from pattern_bench.claim import claimed
 from pattern_bench.errors import UserError
 
+_claim = ExitStack()
+"""Of the sweep's folder; not the callback's own, which launchers send to other processes."""
+
 
 class SweepTable(Callback):
     """Shows what the jobs of a sweep found together: Fig. 3 as a table, and the area over the curve. The sweep's folder
     is this sweep's alone."""
 
-    def __init__(self) -> None:
-        self.claim = ExitStack()
-
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         try:
-            self.claim.enter_context(claimed(Path(config.hydra.sweep.dir), "hydra.sweep.dir"))
+            _claim.enter_context(claimed(Path(config.hydra.sweep.dir), "hydra.sweep.dir"))
         except UserError as error:  # of which Hydra would make a warning
             raise SystemExit(f"error: {error}") from None
-        atexit.register(self.claim.close)
+        atexit.register(_claim.close)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        self.claim.close()
+        _claim.close()
         folder = Path(config.hydra.sweep.dir)
         if config.get("quiet"):
             return

@@ -47,9 +47,9 @@ def job(tmp_path):
     yield start
     for one in started:
         one.kill()
-        one.communicate()
         if one.orphan:
             os.kill(one.orphan, signal.SIGKILL)
+        one.communicate()
 
 
 @pytest.fixture
