@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.vgg import cfgs, make_layers
 
-from pattern_bench.core.gram import applies
+from pattern_bench.core.gram import applies, is_small
 from pattern_bench.core.layers import LAYER_TYPES, geometry_of, neurons, patch_size
 
 IMAGENET, VALIDATION = 1_281_167, 50_000
@@ -67,12 +67,14 @@ def size(layer: Any, x: Tensor, y: Tensor) -> Size:
     """Of a layer with an image's input and output.
 
     Patterns take three weight gradients, everything that ρ needs two and the Gram matrix: by autocorrelation (all
-    offsets of half the plane; its border is left out here), or the product of the unfolded patches.
+    offsets of half the plane; its border is left out here), or the product of the unfolded patches. Small patches are
+    unfolded in float64, where u = wᵀx is computed once more, and both regimes' sums are taken for either.
     """
     geometry, n, d = geometry_of(layer), neurons(layer), patch_size(layer)
     positions = y.numel() // n
     forward = 2 * n * d * positions
-    if geometry.kernel and applies(geometry, x.shape[1], tuple(x.shape[2:])):
+    small = is_small(d)
+    if geometry.kernel and not small and applies(geometry, x.shape[1], tuple(x.shape[2:])):
         rows, columns = geometry.kernel
         channels = x.shape[1]
         gram = 2 * channels * (channels // geometry.groups) * rows * (2 * columns - 1) * x[0, 0].numel()
@@ -80,8 +82,8 @@ def size(layer: Any, x: Tensor, y: Tensor) -> Size:
         gram = 2 * geometry.groups * d * d * positions
     return Size(
         forward=forward,
-        patterns=3 * forward,
-        everything=2 * forward + gram,
+        patterns=(4 if small else 3) * forward,
+        everything=(4 if small else 2) * forward + gram,
         # One factorisation for each group; four solved columns and one product with the test split's Gram matrix.
         solve=geometry.groups * d**3 / 3 + n * 5 * 2 * d**2,
         pattern_bytes=8 * (3 * n * d + 5 * n + geometry.groups * d),
