@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,10 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             name.unlink()
-        if isinstance(error, OSError | safetensors.SafetensorError):
-            raise OSError(getattr(error, "errno", None), getattr(error, "strerror", str(error)), str(path)) from error
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        if isinstance(error, safetensors.SafetensorError):
+            # Its number of what the disk refused stands in its words alone.
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(number[1]) if number else None, str(error), str(path)) from error
         raise
