@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pattern_bench.core import small_patches
 from pattern_bench.core.cancellation import cancels
 from pattern_bench.core.gram import Autocorrelation, applies, is_small
 from pattern_bench.core.half_precision import wide
@@ -173,12 +174,15 @@ class Collector:
         x, y = work.x, work.y
         if not self.geometry.pads:
             x = pad(x, geometry_of(self.layer))
-        gate = torch.gt(y, 0, out=self.scratch.like("gate", y))
         # -Inf has no trace in the sums: its gate is closed.
         self.finite &= torch.isfinite(y.sum())
+        if self.small and isinstance(work.drawn, int):
+            yield partial(self._small_sums, x, y)
+            return
+        gate = torch.gt(y, 0, out=self.scratch.like("gate", y))
         if work.exact:
             x, gate = x.double(), gate.double()
-        if not self.small and isinstance(work.drawn, int):
+        if isinstance(work.drawn, int):
             if work.exact:
                 y = convolved(x, *self._parameters(), self.geometry)
             yield from self._map_sums(
@@ -187,25 +191,39 @@ class Collector:
             if self.wants_gram:
                 yield from self._gram_sums(x)
             return
-        yield from self._unfolded_sums(x, y, gate, work.drawn, work.exact)
+        yield from self._drawn_sums(x, y, gate, work.drawn, work.exact)
+
+    def _small_sums(self, x: Tensor, y: Tensor) -> None:
+        """The same for small patches, all of them, in one step."""
+        weight, bias = self._parameters()
+        bias = torch.zeros_like(self.g) if bias is None else bias
+        x, geometry = pad(x, self.geometry), self.geometry.unpadded()
+        sums = small_patches.sums_of(x, y, weight.flatten(1), geometry, self.wants_gram, self.scratch, self.memory)
+        self.finite &= torch.isfinite(sums.x).all()
+        rests = sums.x.repeat_interleave(len(weight) // self.groups, 0) - sums.xg
+        self.n += y.numel() // y.shape[1]
+        self.x += sums.x
+        self.g += sums.g
+        self.xg += sums.xg
+        self.x_fired += sums.xug + bias[:, None] * sums.xg
+        rested = sums.xun + bias[:, None] * rests
+        self.x_rested = rested if self.x_rested is None else self.x_rested.add_(rested)
+        if sums.gram is not None:
+            self.gram = sums.gram if self.gram is None else self.gram.add_(sums.gram)
 
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
         """The layer's weight and bias in float64."""
         weight, bias = self.layer.weight.detach(), self.layer.bias
         return weight.to(self.x), None if bias is None else bias.detach().to(self.x)
 
-    def _unfolded_sums(
-        self, x: Tensor, y: Tensor, gate: Tensor, drawn: Tensor | int, exact: bool
+    def _drawn_sums(
+        self, x: Tensor, y: Tensor, gate: Tensor, drawn: Tensor, exact: bool
     ) -> Iterator[Callable[[], None]]:
-        """The same from unfolded patches, all of them or those at the positions that were drawn."""
-        y, gate = (t.flatten(2) if t.ndim > 2 else t[:, :, None] for t in (y, gate))
-        scale = 1.0
-        if isinstance(drawn, int):
-            p = patches(x, self.geometry)
-        else:
-            scale, drawn = y[0, 0].numel() / drawn.shape[1], drawn.to(x.device)
-            p = patches_at(x, self.geometry, drawn)
-            y, gate = (t.gather(2, drawn[:, None].expand(-1, t.shape[1], -1)) for t in (y, gate))
+        """The same from the patches at the positions that were drawn."""
+        y, gate = y.flatten(2), gate.flatten(2)
+        scale, drawn = y[0, 0].numel() / drawn.shape[1], drawn.to(x.device)
+        p = patches_at(x, self.geometry, drawn)
+        y, gate = (t.gather(2, drawn[:, None].expand(-1, t.shape[1], -1)) for t in (y, gate))
         # One image of B·M positions, (1, N, B·M).
         y, gate = (t.transpose(0, 1).reshape(1, t.shape[1], -1) for t in (y, gate))
         if exact:
@@ -238,10 +256,13 @@ class Collector:
             fired = gate.flatten(2).sum(2).sum(0, dtype=torch.float64) if y.ndim > 2 else gate.sum(0)
             fired = scale * fired
             often = (fired > OFTEN * count).nonzero().squeeze(1)
-            gate[:, often] = 1 - gate[:, often]
+            if len(often):
+                gate[:, often] = 1 - gate[:, often]
             sums = self._wide(cross(gate), self.xg)
-            gate[:, often] = 1 - gate[:, often]
-            sums[often] = x[often // (len(fired) // self.groups)] - sums[often]
+            if len(often):
+                sums[often] = x[often // (len(fired) // self.groups)] - sums[often]
+                if exact:
+                    gate[:, often] = 1 - gate[:, often]
             if self.direct is None:
                 self.direct = often if self.groups == 1 or not len(often) else torch.arange(len(fired)).to(often)
                 self.x_rested = self.xg.new_zeros(len(self.direct), self.xg.shape[1])
