@@ -199,14 +199,16 @@ class Collector:
         bias = torch.zeros_like(self.g) if bias is None else bias
         x, geometry = pad(x, self.geometry), self.geometry.unpadded()
         sums = small_patches.sums_of(x, y, weight.flatten(1), geometry, self.wants_gram, self.scratch, self.memory)
-        self.finite &= torch.isfinite(sums.x).all()
         rests = sums.x.repeat_interleave(len(weight) // self.groups, 0) - sums.xg
+        fired, rested = sums.xug + bias[:, None] * sums.xg, sums.xun + bias[:, None] * rests
+        finite = self.finite & torch.isfinite(sums.x).all()
+        # From here on nothing needs memory.
+        self.finite = finite
         self.n += y.numel() // y.shape[1]
         self.x += sums.x
         self.g += sums.g
         self.xg += sums.xg
-        self.x_fired += sums.xug + bias[:, None] * sums.xg
-        rested = sums.xun + bias[:, None] * rests
+        self.x_fired += fired
         self.x_rested = rested if self.x_rested is None else self.x_rested.add_(rested)
         if sums.gram is not None:
             self.gram = sums.gram if self.gram is None else self.gram.add_(sums.gram)
