@@ -253,15 +253,18 @@ def sums(layer, x, gram, positions, memory=2**30):
     return collector.moments().tensors()
 
 
-@pytest.mark.parametrize("gram", [True, False])
-@pytest.mark.parametrize("positions", [1.0, 0.5])
-def test_a_collector_may_run_out_at_every_call(layer_and_input, gram, positions, at_call, monkeypatch):
-    """In each sum in turn: in every third of torch's functions, and so in every one, over all geometries."""
+@pytest.mark.parametrize(
+    ("gram", "positions", "small"), [(True, 1.0, 128), (True, 1.0, 1), (False, 1.0, 1), (True, 0.5, 1), (False, 0.5, 1)]
+)
+def test_a_collector_may_run_out_at_every_call(layer_and_input, gram, positions, small, at_call, monkeypatch):
+    """In each sum in turn: in every third or seventh of torch's functions, and so in every one, over all geometries."""
+    monkeypatch.setattr("pattern_bench.core.gram.SMALL_PATCH", small)
     monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 2)
     layer, x = layer_and_input
-    plain, mode = sums(layer, x, gram, positions), AtCall(layer.weight.numel() % 3 - 2)
+    step = 3 if small > 1 else 7
+    plain, mode = sums(layer, x, gram, positions), AtCall(layer.weight.numel() % step - step + 1)
     while mode.at <= mode.calls:
-        mode = at_call("pattern_bench.core.collector.fits", mode.at + 3)
+        mode = at_call("pattern_bench.core.collector.fits", mode.at + step)
         assert_same(sums(layer, x, gram, positions), plain)
     assert mode.at > 50
 
@@ -289,8 +292,9 @@ def test_a_collector_halves_until_it_fits(place, failing, monkeypatch):
     assert min(met) <= 2
 
 
-def test_a_gram_matrix_in_rows_may_run_out_between_them(at_call):
+def test_a_gram_matrix_in_rows_may_run_out_between_them(at_call, monkeypatch):
     """As of a wide dense layer: what its first rows have, they do not get again."""
+    monkeypatch.setattr("pattern_bench.core.gram.SMALL_PATCH", 4)
     layer = nn.Linear(40, 2).double().requires_grad_(False)
     x = torch.randn(16, 40, dtype=torch.float64)
     plain, mode = sums(layer, x, True, 1.0, memory=5000), AtCall(0)
