@@ -257,7 +257,7 @@ def sums(layer, x, gram, positions, memory=2**30):
     ("gram", "positions", "small"), [(True, 1.0, 128), (True, 1.0, 1), (False, 1.0, 1), (True, 0.5, 1), (False, 0.5, 1)]
 )
 def test_a_collector_may_run_out_at_every_call(layer_and_input, gram, positions, small, at_call, monkeypatch):
-    """In each sum in turn: in every third of torch's functions (31st of the many that large patches take), over all geometries."""
+    """In each sum in turn: in every third of torch's functions, of the many that large patches take every 31st."""
     monkeypatch.setattr("pattern_bench.core.gram.SMALL_PATCH", small)
     monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 2)
     layer, x = layer_and_input
