@@ -18,6 +18,17 @@ from pattern_bench.__main__ import CONF
 
 os.environ["WANDB_MODE"] = "offline"
 
+LONGEST = [
+    "processes", "sweeps", "signals", "job", "resume", "tracking", "reading", "devices", "launchers", "gallery",
+    "faults", "wheel", "dashboard",
+]  # fmt: skip
+"""Files that take a minute or more: first, so that no process is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):

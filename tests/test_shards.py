@@ -184,14 +184,15 @@ def test_members_are_told_apart_by_their_keys(source, photographs, tmp_path):
         add(shard, "c\xe4\udcff" + "x" * 200 + ".jpg", jpeg)
         add(shard, "c\xe4\udcff" + "x" * 200 + ".cls", b"0")
         add(shard, "alone.cls", b"0")
-    before = sorted(tmp_path.parent.rglob("*"))
+    before = sorted(tmp_path.rglob("*"))
     pool, _ = source(tmp_path / "a.tar").pools()
     assert list(pool.ids) == [
         "a.tar/../../outside.jpg", "a.tar//etc/absolute.JPEG", "a.tar/a/b.jpg", "a.tar/cä\\xff" + "x" * 200 + ".jpg",
     ]  # fmt: skip
     assert list(pool.labels) == [3, 1, 2, 0]
     assert {pool.image(i).tobytes() for i in range(4)} == {Image.open(io.BytesIO(jpeg)).convert("RGB").tobytes()}
-    assert sorted(tmp_path.parent.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not [file for folder in tmp_path.parents for file in folder.glob("outside.*")]
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,9 @@ def test_bad_settings_of_the_probe_are_stopped_early(draw):
     assert 1e-6 <= one["probe.regularisation"]["value"] <= 0.1
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "probe"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name != "fig3" else ()) for name in [*COMMANDS, "probe"]]
+)
 def test_a_drawn_run_is_executed_as_the_agent_would(draw, name, cache_dir, tmp_path, monkeypatch):
     from wandb.wandb_agent import Agent
 
