@@ -32,13 +32,12 @@ from pattern_bench.core.memory import is_out_of_memory
 from pattern_bench.core.moments import MEMORY, Moments
 from pattern_bench.core.network import (
     collecting,
-    first_not_finite,
     layers_in_order,
     refuse_training,
     select_layers,
 )
 from pattern_bench.core.outputs import Logits as Logits
-from pattern_bench.core.outputs import answer, as_logits, targets
+from pattern_bench.core.outputs import answer, as_logits, spoilt, targets
 from pattern_bench.core.precision import float32_products
 from pattern_bench.core.quality import CLOSED_FORM, Probe, Target, rho
 from pattern_bench.core.unchanged import Remembered
@@ -727,8 +726,8 @@ def _answers(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
                     f"model={type(model).__name__} makes outputs of shape {tuple(logits.shape)} from images of shape "
                     f"{tuple(images.shape)}: give a network with one row of outputs for each image"
                 )
-            if not logits.softmax(1).isfinite().all():
-                raise _not_finite(first_not_finite(model, images.clone()) or "after the last one", where)
+            if (layer := spoilt(network, images.clone(), logits)) is not None:
+                raise _not_finite(layer, where)
         except _CANNOT as error:
             if isinstance(error, UserError) or is_out_of_memory(error):
                 raise

@@ -37,8 +37,9 @@ def test_settings_that_decide_figures_are_refused(run, other):
 
 
 @pytest.mark.parametrize("other", [
-    "seed=0", "quiet=true", "logger=csv", "cache.dir=/elsewhere", "cache.gib=3", "checkpoint.seconds=0", "trainer.devices=2",
-    "+trainer.detect_anomaly=true", "data.workers=3", "moments.memory_gib=0.5", "allow_any_target=true",
+    "seed=0", "quiet=true", "logger=csv", "cache.dir=/elsewhere", "cache.gib=3", "checkpoint.seconds=0",
+    "trainer.devices=2", "+trainer.detect_anomaly=true",
+    "data.workers=3", "moments.memory_gib=0.5", "allow_any_target=true",
 ])  # fmt: skip
 def test_settings_of_how_it_is_done_are_not(run, other):
     _, begin = run
@@ -67,10 +68,10 @@ def test_a_run_that_is_not_complete_or_not_known_is_no_hindrance(run):
 
 
 @pytest.mark.parametrize(("module", "given", "said"), [
-    ("pattern_bench", ["-m", "seed=3", "hydra.sweep.dir=.", "hydra.sweep.subdir=run"], "give another hydra.sweep.dir, or"),
-    ("pattern_bench", ["hydra.run.dir=run", "seed=3"], "in a folder of its own, python -m pattern_bench seed=3, or remove"),
+    ("pattern_bench", ["-m", "seed=3", "hydra.sweep.dir=.", "hydra.sweep.subdir=run"], "give another hydra.sweep.dir"),
+    ("pattern_bench", ["hydra.run.dir=run", "seed=3"], "of its own, python -m pattern_bench seed=3, or remove"),
     ("pattern_bench", ["resume=run", "seed=3"], "python -m pattern_bench data.limit=100 seed=3, or remove"),
-    ("pattern_bench.gallery", ["hydra.run.dir=run"], "in a folder of its own, python -m pattern_bench.gallery, or remove"),
+    ("pattern_bench.gallery", ["hydra.run.dir=run"], "of its own, python -m pattern_bench.gallery, or remove"),
 ])  # fmt: skip
 def test_commands_leave_a_run_of_other_settings_as_it_is(run, command, tmp_path, module, given, said):
     folder, _ = run

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pattern_bench.core.given import unusable, whole_numbers
-from pattern_bench.core.network import refuse_training, unwrapped
+from pattern_bench.core.network import first_not_finite, refuse_training, unwrapped
 from pattern_bench.errors import UserError, told
 
 Output = str | int | Callable[[Any], Tensor] | None
@@ -37,6 +37,14 @@ def probabilities(network: Any, logits: Tensor) -> Tensor:
     one logit z tells class 1 from class 0, z is evidence for class 1, and sigmoid(z) is the probability of class 1.
     """
     return logits.sigmoid() if independent(network, logits) else logits.softmax(1)
+
+
+def spoilt(network: Any, images: Tensor, logits: Tensor) -> str | None:
+    """The first layer where something is NaN or infinite, where that shows in the ``logits`` (B, K) of ``images``; None
+    where they are of numbers."""
+    if probabilities(network, logits).isfinite().all():
+        return None
+    return first_not_finite(network, images) or "after the last one"
 
 
 def independent(network: Any, logits: Tensor) -> bool:
