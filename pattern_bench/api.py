@@ -139,9 +139,8 @@ def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         UserError: where ``value`` is none of ``choices``.
     """
     if not isinstance(value, str) or value not in choices:
-        raise UserError(
-            f"{name}={value if isinstance(value, str) else told(value)} is unknown: choose from {', '.join(choices)}"
-        )
+        shown = told(value, quoted=False)
+        raise UserError(f"{name}={shown} is unknown: choose from {', '.join(choices)}")
 
 
 def _file_to_write(file: Any) -> Path:
@@ -421,7 +420,9 @@ def fit_patterns(
     """
     if isinstance(estimator, str):
         if estimator not in ESTIMATORS:
-            raise UserError(f"estimator={estimator} is unknown: {did_you_mean(estimator, ESTIMATORS)}")
+            raise UserError(
+                f"estimator={told(estimator, quoted=False)} is unknown: {did_you_mean(estimator, ESTIMATORS)}"
+            )
         estimator = ESTIMATORS[estimator]()
     if not isinstance(estimator, Estimator):
         raise UserError(f"estimator={told(estimator)} is none: give {', '.join(ESTIMATORS)}, or an Estimator")
@@ -569,7 +570,7 @@ def evaluate(
             weights, or the criterion is another.
     """
     if not isinstance(criterion, str) or criterion not in CLOSED_FORM:
-        shown = criterion if isinstance(criterion, str) else told(criterion)
+        shown = told(criterion, quoted=False)
         raise UserError(f"criterion={shown} is not measured here: give one of {', '.join(CLOSED_FORM)}")
     regularisation = _number("regularisation", regularisation, 0)
     memory = _whole("memory", memory, 1)

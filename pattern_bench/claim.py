@@ -210,8 +210,5 @@ def _names_of_processes() -> str:
 
 def _started(pid: object) -> str:
     """When a process was started, in the kernel's ticks; nothing where there is none."""
-    return (
-        ""
-        if type(pid) is not int
-        else (machine.first_line(f"/proc/{pid}/stat").rpartition(")")[2].split() + [""] * 20)[19]
-    )
+    told = machine.first_line(f"/proc/{pid}/stat") if type(pid) is int else ""
+    return (told.rpartition(")")[2].split() + [""] * 20)[19]

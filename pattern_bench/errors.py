@@ -14,10 +14,11 @@ class UserError(ValueError):
     """A bad input. The message names the setting, its value and the remedy; it is shown without a traceback."""
 
 
-def told(value: Any) -> str:
-    """A wrong value as errors show it: numbers and short text as they are, all else by its type."""
+def told(value: Any, quoted: bool = True) -> str:
+    """A wrong value as errors show it: numbers and the beginning of text, in one line; all else by its type."""
     if isinstance(value, str):
-        return repr(value if len(value) <= MOST_SHOWN else f"{value[:MOST_SHOWN]}…")
+        shown = repr(value if len(value) <= MOST_SHOWN else f"{value[:MOST_SHOWN]}…")
+        return shown if quoted else shown[1:-1]
     plain = (
         value is None or isinstance(value, bool | float | complex) or (isinstance(value, int) and abs(value) < 2**64)
     )

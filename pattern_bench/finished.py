@@ -44,7 +44,7 @@ def refuse_other_settings(cfg: DictConfig, folder: Path, setting: str, again: Se
     if others:
         more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
         what = ", ".join(
-            f"{told(key)[1:-1]}={told(then.get(key))}, now {told(now.get(key))}" for key in others[:MOST_NAMED]
+            f"{told(key, quoted=False)}={told(then.get(key))}, now {told(now.get(key))}" for key in others[:MOST_NAMED]
         )
         own = f"start this one in a folder of its own, {shell_command(again)}" if again else f"give another {setting}"
         raise UserError(

@@ -202,7 +202,7 @@ class Method:
 
     def _check_setting(self, setting: str, value: Any, possible: bool, remedy: str) -> None:
         if not possible:
-            raise UserError(f"{self.name}: {setting}={told(value)} is not possible: give {remedy}")
+            raise UserError(f"{self.name}: {setting}={told(value, quoted=False)} is not possible: give {remedy}")
 
     def _check_whole(self, setting: str, value: Any, least: int = 1) -> None:
         possible = isinstance(value, int) and not isinstance(value, bool) and value >= least
