@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from pattern_bench.results import from_cell, in_cells
+
 
 def write_block(page: Path, name: str, text: str) -> None:
     """Puts ``text`` between ``<!-- name -->`` and ``<!-- /name -->`` in a Markdown file.
@@ -26,7 +28,7 @@ def beside_others(file: Path, new: pd.DataFrame, keys: list[str]) -> pd.DataFram
     """The new rows, after those of the table in ``file`` that have other ``keys``: what another run measured stays."""
     if not file.exists():
         return new
-    old = pd.read_csv(file)
+    old = in_cells(pd.read_csv(file), from_cell)
     measured = pd.MultiIndex.from_frame(old[keys]).isin(pd.MultiIndex.from_frame(new[keys]))
     return pd.concat([old[~measured], new], ignore_index=True)
 

@@ -23,6 +23,7 @@ from pattern_bench import resume_hint, stopping
 from pattern_bench.claim import claimed
 from pattern_bench.config import check_complete
 from pattern_bench.errors import UserError
+from pattern_bench.finished import refuse_other_settings
 from pattern_bench.launch import Job, cannot_use, end_with_the_launcher, launch, number_from_outside, tells
 from pattern_bench.launchers import message_for, one_job
 from pattern_bench.resuming import folder_of, quoted, resumed_overrides
@@ -55,7 +56,7 @@ def run_folder(cfg: DictConfig) -> Iterator[Path]:
     Hydra itself writes before it calls, so ``conf/config.yaml`` tells it not to.
 
     Raises:
-        UserError: where another job has the folder.
+        UserError: where another job has the folder, or it holds a complete run of other settings.
     """
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -65,6 +66,10 @@ def run_folder(cfg: DictConfig) -> Iterator[Path]:
         return
     setting = "hydra.run.dir" if hydra_config.mode == RunMode.RUN else "hydra.sweep.dir"
     with claimed(folder, setting):
+        name = hydra_config.job.name
+        module = name if name == "pattern_bench" else f"pattern_bench.{name}"
+        again = ["python", "-m", module, *hydra_config.overrides.task] if setting == "hydra.run.dir" else []
+        refuse_other_settings(cfg, folder, setting, again)
         below = folder / ".hydra"
         below.mkdir(exist_ok=True)
         plain: Any = OmegaConf.to_container(hydra_config)

@@ -5,12 +5,13 @@ Everything is exported by ``pattern_bench`` itself: ``import pattern_bench as pb
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from hashlib import sha256
+from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar
@@ -24,27 +25,28 @@ from pattern_bench.core import degradation as core_degradation
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Estimator, Pattern
-from pattern_bench.core.half_precision import images_for, is_wide, own_precision, widened
+from pattern_bench.core.given import unusable
+from pattern_bench.core.half_precision import images_for, is_wide, own_precision, wide, widened
 from pattern_bench.core.layers import Scratch
 from pattern_bench.core.memory import is_out_of_memory
 from pattern_bench.core.moments import MEMORY, Moments
 from pattern_bench.core.network import (
     collecting,
-    first_not_finite,
     layers_in_order,
     refuse_training,
     select_layers,
 )
 from pattern_bench.core.outputs import Logits as Logits
-from pattern_bench.core.outputs import answer, as_logits, targets
+from pattern_bench.core.outputs import answer, as_logits, spoilt, targets
 from pattern_bench.core.precision import float32_products
 from pattern_bench.core.quality import CLOSED_FORM, Probe, Target, rho
 from pattern_bench.core.unchanged import Remembered
-from pattern_bench.errors import UserError, did_you_mean
+from pattern_bench.errors import UserError, did_you_mean, told
 from pattern_bench.files import Damaged, read_tensors, write_tensors
 from pattern_bench.methods import patterns as pattern_methods
 from pattern_bench.methods.base import Method
 
+RANDOM_ORDER = "random_order"
 ESTIMATORS: dict[str, type[Estimator]] = {
     kind.name: kind for kind in vars(estimators).values()
     if isinstance(kind, type) and issubclass(kind, Estimator) and kind is not Estimator
@@ -74,7 +76,7 @@ def _device(model: nn.Module) -> torch.device:
         UserError: where ``model`` is no network.
     """
     if not isinstance(model, nn.Module):
-        raise UserError(f"model={_told(model)} is no network: give a torch.nn.Module")
+        raise UserError(f"model={told(model)} is no network: give a torch.nn.Module")
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
@@ -103,21 +105,75 @@ def _kept_form(model: nn.Module, example: Tensor) -> nn.Module | None:
     return None
 
 
-def _told(value: Any) -> str:
-    """A wrong argument as errors show it: short values as they are, others by their type."""
-    return repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+def _whole(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
+    """``value``, where it is a whole number between ``least`` and ``most``, both included.
+
+    Raises:
+        UserError: where it is none.
+    """
+    if isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most:
+        return int(value)
+    to = f"of at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
+    raise UserError(f"{name}={told(value)} is not possible: give a whole number {to}")
 
 
-def _check_number(name: str, value: Any, *, whole: bool, least: float, most: float = math.inf) -> None:
+def _number(name: str, value: Any, least: float, most: float = 1e30) -> float:
+    """``value``, where it is a number between ``least`` and ``most``, both included.
+
+    Raises:
+        UserError: where it is none.
+    """
+    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else None
+    if number is not None and least <= number <= most:
+        return float(value)
+    raise UserError(f"{name}={told(value)} is not possible: give a number from {least:g} to {most:g}")
+
+
+def _seed(value: Any) -> int:
+    return _whole("seed", value, -(2**63), 2**62)
+
+
+def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """
     Raises:
-        UserError: where ``value`` is no number between ``least`` and ``most``, both included.
+        UserError: where ``value`` is none of ``choices``.
     """
-    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if not number or not least <= value <= most or value == math.inf:
-        kind = "a whole number" if whole else "a number"
-        to = f"from {least:g} to {most:g}" if math.isfinite(most) else f"of at least {least:g}"
-        raise UserError(f"{name}={_told(value)} is not possible: give {kind} {to}")
+    if not isinstance(value, str) or value not in choices:
+        shown = told(value, quoted=False)
+        raise UserError(f"{name}={shown} is unknown: choose from {', '.join(choices)}")
+
+
+def _file_to_write(file: Any) -> Path:
+    """The path of a file that is to be written, before any work is done for it.
+
+    Raises:
+        UserError: where it is no path, or of a folder, a device, or a file in a folder that is not there.
+    """
+    if not isinstance(file, str | Path) or not str(file).strip(".") or "\0" in str(file):
+        raise UserError(f"file={told(file)} is not possible: give the path of the file to write")
+    path = Path(file).expanduser()
+    with _writing(file):
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise UserError(f"file={file} is {what}: give the path of the file to write")
+        if not path.parent.is_dir():
+            raise UserError(f"file={file} is in no folder that is there: make {path.parent}, or give another path")
+    return path
+
+
+@contextmanager
+def _writing(file: str | Path) -> Iterator[None]:
+    """
+    Raises:
+        UserError: where the disk refuses what is written within.
+    """
+    try:
+        yield
+    except OSError as error:
+        free = "free space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise UserError(
+            f"file={file} cannot be written ({error.strerror or error}): {free}give another path"
+        ) from error
 
 
 def _check_moments_given(argument: str, moments: Any) -> None:
@@ -126,7 +182,7 @@ def _check_moments_given(argument: str, moments: Any) -> None:
         UserError: where ``moments`` are not of :func:`collect_moments`.
     """
     if not isinstance(moments, LayerMoments):
-        raise UserError(f"{argument}={_told(moments)} is no moments: give what pb.collect_moments returned")
+        raise UserError(f"{argument}={told(moments)} is no moments: give what pb.collect_moments returned")
 
 
 def _check_methods(methods: Any) -> None:
@@ -135,23 +191,50 @@ def _check_methods(methods: Any) -> None:
         UserError: where ``methods`` are not explanations by name.
     """
     if not isinstance(methods, Mapping):
-        raise UserError(f"methods={_told(methods)} is not possible: give explanations by name, as {{'mine': method}}")
+        raise UserError(f"methods={told(methods)} is not possible: give explanations by name, as {{'mine': method}}")
     for name, method in methods.items():
         explains = getattr(method, "attribute", method)
-        if not isinstance(name, str) or isinstance(method, type) or not callable(explains):
+        wanted: Any = ((None,), {"target": None}) if explains is not method else ((None, None, None), {})
+        if not isinstance(name, str) or isinstance(method, type) or not _takes(explains, *wanted):
+            shown = repr(name) if isinstance(name, str) else told(name)
             raise UserError(
-                f"methods: {name!r}={_told(method)} is not possible: give, by a name, an object with "
+                f"methods: {shown}={told(method)} is not possible: give, by a name, an object with "
                 "attribute(inputs, target=...), or a function of model, inputs and targets"
             )
+        if name == RANDOM_ORDER:
+            raise UserError(f"methods: {name!r} is what the random order is called: give the method another name")
 
 
 def _check_patterns(patterns: Any) -> None:
     """
     Raises:
-        UserError: where ``patterns`` are not patterns by layer.
+        UserError: where ``patterns`` are not patterns by layer, or one of them has other parts than a pattern.
     """
-    if not isinstance(patterns, Mapping) or not all(isinstance(pattern, Pattern) for pattern in patterns.values()):
-        raise UserError(f"patterns={_told(patterns)} is no patterns by layer: give what pb.fit_patterns returned")
+    if not isinstance(patterns, Mapping) or not all(
+        isinstance(name, str) and isinstance(pattern, Pattern) for name, pattern in patterns.items()
+    ):
+        raise UserError(f"patterns={told(patterns)} is no patterns by layer: give what pb.fit_patterns returned")
+    for name, pattern in patterns.items():
+        for part in (positive := pattern.positive, pattern.negative):
+            if not isinstance(part, Tensor) or unusable(part) or not part.is_floating_point():
+                what = f"{unusable(part) or part.dtype}" if isinstance(part, Tensor) else told(part)
+                raise UserError(
+                    f"patterns: that of layer {name} is {what}: give dense tensors of floating-point numbers, as "
+                    "pb.fit_patterns does"
+                )
+            if part.shape != positive.shape:
+                raise UserError(
+                    f"patterns: that of layer {name} has parts of shape {tuple(positive.shape)} and "
+                    f"{tuple(part.shape)}: give both in the shape of its weight"
+                )
+            if not wide(part).isfinite().all():
+                raise UserError(f"patterns: that of layer {name} is not finite: fit it again on finite images")
+        dead = pattern.dead
+        if not isinstance(dead, Tensor) or dead.dtype != torch.bool or dead.shape != positive.shape[:1]:
+            raise UserError(
+                f"patterns: that of layer {name} does not tell which of its neurons are dead: give a bool for each, as "
+                "pb.fit_patterns does"
+            )
 
 
 def _images(images: Any, where: str) -> Tensor:
@@ -165,10 +248,10 @@ def _images(images: Any, where: str) -> Tensor:
             f"{where} {kind} where images should be: give batches of float tensors (B, C, ...), or tuples "
             "that start with one"
         )
-    empty = images.is_meta and type(images) is Tensor  # a subclass may have its values elsewhere
-    if images.layout != torch.strided or images.is_nested or empty:
-        what = "meta" if empty else "nested" if images.is_nested else images.layout
+    if what := unusable(images):
         raise UserError(f"{where} a {what} tensor where images should be: give dense ones, with values")
+    if images.ndim < 2:
+        raise UserError(f"{where} a tensor of shape {tuple(images.shape)}, which is no batch: give (B, C, ...)")
     return images.detach().clone() if images.is_inference() else images.detach()
 
 
@@ -233,16 +316,27 @@ def collect_moments(
         UserError: where the loader yields no images, a layer does not exist, or the network is not supported.
     """
     device = _device(model)
-    if not isinstance(loader, Iterable):
-        raise UserError(f"loader={_told(loader)} yields nothing: give a DataLoader, or a list of batches of images")
-    listed = [] if layers is None or isinstance(layers, str) else layers
-    if not isinstance(listed, Iterable) or not all(isinstance(name, str) for name in listed):
-        raise UserError(f"layers={layers!r} is not possible: give a name, a glob, or a list of them")
-    _check_number("memory", memory, whole=True, least=1)
-    _check_number("positions", positions, whole=False, least=1e-6, most=1)
-    _check_number("seed", seed, whole=True, least=-(2**63), most=2**62)
+    wanted: list[Any]
+    try:
+        wanted = ["all"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    except (TypeError, RuntimeError):  # numbers, and tensors that are none
+        wanted = [layers]
+    if not all(isinstance(name, str) for name in wanted):
+        shown = ", ".join(map(told, wanted[:3]))
+        raise UserError(f"layers=[{shown}] is not possible: give a name, a glob, or a list of them")
+    if not isinstance(gram, bool):
+        raise UserError(f"gram={told(gram)} is not possible: give True or False")
+    memory = _whole("memory", memory, 1)
+    positions = _number("positions", positions, 1e-6, 1)
+    seed = _seed(seed)
+    try:
+        batches = iter(loader)
+    except TypeError as error:
+        raise UserError(
+            f"loader={told(loader)} yields nothing: give a DataLoader, or a list of batches of images"
+        ) from error
     network, collectors, seen = None, {}, 0
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(batches):
         first = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
         images = _images(first, "loader yields").to(device)
         if not len(images):
@@ -253,7 +347,7 @@ def collect_moments(
                     network = canonical(model, images[:1])
                     example = images_for(network, images[:1].clone())
                     scratch, names = Scratch(), layers_in_order(network, example)
-                    for name in select_layers(names, "all" if layers is None else layers):
+                    for name in select_layers(names, wanted):
                         layer: Any = network.get_submodule(name)
                         collectors[name] = Collector(layer, gram, memory, positions, seed, scratch)
                     belongs_to = belonging.belongs_to(model, example, collectors)
@@ -292,13 +386,19 @@ class Patterns(Mapping[str, Pattern]):
         return len(self._patterns)
 
     def save(self, file: str | Path) -> None:
-        """Writes a safetensors file that :func:`load_patterns` reads."""
+        """Writes a safetensors file that :func:`load_patterns` reads.
+
+        Raises:
+            UserError: where ``file`` cannot be written.
+        """
+        path = _file_to_write(file)
         tensors = {
             f"{layer}/{part}": getattr(pattern, part).detach().cpu().contiguous()
             for layer, pattern in self.items()
             for part in ("positive", "negative", "dead")
         }
-        write_tensors(Path(file), tensors, {"estimator": self.estimator, **belonging.metadata(self.belongs_to)})
+        with _writing(file):
+            write_tensors(path, tensors, {"estimator": self.estimator, **belonging.metadata(self.belongs_to)})
 
 
 @float32_products()
@@ -320,13 +420,15 @@ def fit_patterns(
     """
     if isinstance(estimator, str):
         if estimator not in ESTIMATORS:
-            raise UserError(f"estimator={estimator} is unknown: {did_you_mean(estimator, ESTIMATORS)}")
+            raise UserError(
+                f"estimator={told(estimator, quoted=False)} is unknown: {did_you_mean(estimator, ESTIMATORS)}"
+            )
         estimator = ESTIMATORS[estimator]()
     if not isinstance(estimator, Estimator):
-        raise UserError(f"estimator={_told(estimator)} is none: give {', '.join(ESTIMATORS)}, or an Estimator")
+        raise UserError(f"estimator={told(estimator)} is none: give {', '.join(ESTIMATORS)}, or an Estimator")
     if not estimator.has_pattern:
         raise UserError(f"estimator={estimator.name} has no patterns: {estimator.no_pattern_reason}")
-    _check_number("seed", seed, whole=True, least=-(2**63), most=2**62)
+    seed = _seed(seed)
     _check_moments_given("moments", moments)
     network, found = canonical_form(model, moments.example), {}
     _check_moments(model, network, {"moments": moments})
@@ -377,7 +479,7 @@ def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
     """
     _device(model)  # refuses what is no network
     if not isinstance(file, str | Path):
-        raise UserError(f"file={_told(file)} is not a file: give one that patterns were saved to")
+        raise UserError(f"file={told(file)} is not a file: give one that patterns were saved to")
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"file={file} is not a file: give one that patterns were saved to")
@@ -467,13 +569,16 @@ def evaluate(
         UserError: where a layer's moments are missing, have no Gram matrix or belong to another network or other
             weights, or the criterion is another.
     """
-    if criterion not in CLOSED_FORM:
-        raise UserError(f"criterion={criterion} is not measured here: give one of {', '.join(CLOSED_FORM)}")
-    _check_number("regularisation", regularisation, whole=False, least=0)
-    _check_number("memory", memory, whole=True, least=1)
+    if not isinstance(criterion, str) or criterion not in CLOSED_FORM:
+        shown = told(criterion, quoted=False)
+        raise UserError(f"criterion={shown} is not measured here: give one of {', '.join(CLOSED_FORM)}")
+    regularisation = _number("regularisation", regularisation, 0)
+    memory = _whole("memory", memory, 1)
     _check_moments_given("probe", probe)
     _check_moments_given("test", test)
     _check_patterns(patterns)
+    if not patterns:
+        raise UserError("patterns has none: give what pb.fit_patterns returned")
     network, values = canonical_form(model, probe.example), {}
     _check_moments(model, network, {"probe": probe, "test": test})
     belongs_to = patterns.belongs_to if isinstance(patterns, Patterns) else {}
@@ -485,6 +590,11 @@ def evaluate(
                 raise UserError(f"{setting} has no moments of layer {name}: collect them with layers=None")
             if moments[name].gram is None:
                 raise UserError(f"{setting} has no Gram matrix of layer {name}: collect it with gram=True")
+        if pattern.positive.flatten(1).shape != probe[name].xg.shape:
+            raise UserError(
+                f"patterns: that of layer {name} has shape {tuple(pattern.positive.shape)}, and the layer "
+                f"{probe[name].xg.shape[0]} neurons with {probe[name].xg.shape[1]} inputs: give this network's"
+            )
         bias: Any = network.get_submodule(name).bias
         target = Target(criterion, None if bias is None else bias.detach().double())
         flat = Pattern(pattern.positive.flatten(1).double(), pattern.negative.flatten(1).double(), pattern.dead)
@@ -532,21 +642,70 @@ class PatternAttribution(_OnAnyNetwork):
     method, name, kind = pattern_methods.PatternAttribution, "pattern_attribution", "attribution"
 
 
-def _explained(explanation: Any, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """A heat map from anything that explains: an object with ``attribute``, or a function."""
+def _explained(name: str, explanation: Any, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    """A heat map (B, C or 1, spatial...) from anything that explains: an object with ``attribute``, or a function.
+
+    Raises:
+        UserError: where it returns something else.
+    """
     attribute = getattr(explanation, "attribute", None)
-    found = attribute(images, target=target) if attribute is not None else explanation(model, images, target)
-    found = torch.as_tensor(found, device=images.device).detach()
+    with nullcontext() if isinstance(explanation, Method) else _as_before(model):
+        given = images.clone(), target.clone()
+        returned = attribute(given[0], target=given[1]) if attribute is not None else explanation(model, *given)
+    wrong = f"methods: {name!r}: an explanation"
+    try:
+        found = torch.as_tensor(returned).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{wrong} is {told(returned)}: return one tensor or array, a value for each pixel") from error
+    if what := unusable(found):
+        raise UserError(f"{wrong} is a {what} tensor: return a dense one of real numbers, with values")
+    found = (wide(found) if found.is_floating_point() else found.double()).to(images.device)
     if found.ndim == images.ndim - 1:  # one value per pixel
         found = found[:, None]
-    if found.shape[0] != images.shape[0] or found.shape[2:] != images.shape[2:]:
+    rows, channels, *size = images.shape
+    if found.ndim != images.ndim or tuple(found.shape) not in ((rows, 1, *size), (rows, channels, *size)):
         raise UserError(
-            f"an explanation has shape {tuple(found.shape)} and the images {tuple(images.shape)}: it must give one "
-            "value per pixel, or per pixel and channel"
+            f"{wrong} has shape {tuple(found.shape)} and the images {tuple(images.shape)}: it must give one value per "
+            "pixel, or per pixel and channel"
         )
     if not found.isfinite().all():
-        raise UserError("an explanation holds NaN or Inf: mend it, or choose another method")
+        raise UserError(f"{wrong} holds NaN or Inf: mend it, or choose another method")
     return found
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Within, explanations of the user's are made; modes, values and gradients that they change are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    values = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    gradients = [(p, p.requires_grad, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+            for parameter, requires_grad, gradient, its in gradients:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = gradient
+                if gradient is not None and its is not None:
+                    gradient.copy_(its)
+
+
+def _takes(function: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    """Whether a function can be called with these arguments; of some that are not Python's nobody knows."""
+    if not callable(function):
+        return False
+    try:
+        signature(function.forward if isinstance(function, nn.Module) else function).bind(*arguments, **named)
+    except ValueError:
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def _answers(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
@@ -568,8 +727,8 @@ def _answers(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
                     f"model={type(model).__name__} makes outputs of shape {tuple(logits.shape)} from images of shape "
                     f"{tuple(images.shape)}: give a network with one row of outputs for each image"
                 )
-            if not logits.softmax(1).isfinite().all():
-                raise _not_finite(first_not_finite(model, images.clone()) or "after the last one", where)
+            if (layer := spoilt(network, images.clone(), logits)) is not None:
+                raise _not_finite(layer, where)
         except _CANNOT as error:
             if isinstance(error, UserError) or is_out_of_memory(error):
                 raise
@@ -611,22 +770,20 @@ def degradation(
             says not which its logits are; where images, outputs or explanations are not finite.
     """
     _check_methods(methods)
-    if replacement == "constant":
-        _check_number("value", value, whole=False, least=-1e30, most=1e30)
-    _check_number("seed", seed, whole=True, least=-(2**63), most=2**63 - 1)
+    value = _number("value", value, -1e30)
+    seed = _whole("seed", seed, -(2**63))
     network, images = widened(model), _images(images, "images is")
     own, images = images_for(model, images), images_for(network, images)
-    for setting, given, choices in (("order", order, core_degradation.ORDERS),
-                                    ("replacement", replacement, core_degradation.REPLACEMENTS)):  # fmt: skip
-        if given not in choices:
-            raise UserError(f"{setting}={given} is unknown: choose from {', '.join(choices)}")
+    _check_choice("order", order, core_degradation.ORDERS)
+    _check_choice("replacement", replacement, core_degradation.REPLACEMENTS)
     core_degradation.check_patches(images.shape[2:], patch, steps)
     network, logits = _answers(network, images)
     target = targets(target, logits)
     grid, generator = core_degradation.grid_of(images.shape[2:], patch), torch.Generator().manual_seed(seed)
-    ranks = {"random_order": core_degradation.random_ranks(len(images), grid, generator).to(images.device)}
+    ranks = {RANDOM_ORDER: core_degradation.random_ranks(len(images), grid, generator).to(images.device)}
     for name, explanation in methods.items():
-        ranks[name] = core_degradation.rank_patches(_explained(explanation, model, own, target), patch, order)
+        heat = _explained(name, explanation, model, own, target)
+        ranks[name] = core_degradation.rank_patches(heat, patch, order)
     replaced_by = core_degradation.replacement(images, patch, replacement, value)
     with torch.no_grad():
         return {
@@ -642,10 +799,17 @@ def draw_gallery(
 ) -> None:
     """A picture with a row per image and a column per explanation (those of signals in colour), as PNG.
 
-    The arguments are those of :func:`degradation`.
+    The arguments are those of :func:`degradation`; ``file`` may be of another type that Matplotlib draws.
+
+    Raises:
+        UserError: as :func:`degradation`; where ``file`` cannot be written.
     """
     _check_methods(methods)
-    from pattern_bench.figures import draw_explanations
+    path = _file_to_write(file)
+    from pattern_bench.figures import draw_explanations, suffixes
+
+    if path.suffix.lower() not in suffixes():
+        raise UserError(f"file={file} has no suffix of a picture: give one of {', '.join(suffixes())}")
 
     network, images = widened(model), _images(images, "images is")
     own, images = images_for(model, images), images_for(network, images)
@@ -655,6 +819,7 @@ def draw_gallery(
     columns = {}
     for name, explanation in methods.items():
         title = f"signal, {name}" if getattr(explanation, "kind", "") == "signal" else name
-        columns[title] = _explained(explanation, model, own, target).cpu()
+        columns[title] = _explained(name, explanation, model, own, target).cpu()
     captions = [f"predicted {p} ({c:.0%})" for p, c in zip(predicted.tolist(), confidence.tolist(), strict=True)]
-    draw_explanations(images.cpu(), columns, captions, Path(file))
+    with _writing(file):
+        draw_explanations(images.cpu(), columns, captions, path)

@@ -7,7 +7,6 @@ machines, so the file also says who holds it, and is written anew every few seco
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import logging
@@ -20,13 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pattern_bench import stopping
+from pattern_bench import machine, stopping
 from pattern_bench.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # a system without
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 FILE = ".lock"
@@ -96,7 +90,7 @@ def _take(file: Path, setting: str) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
-            locked = _lock(descriptor)
+            locked = machine.lock(descriptor)
             said = _content(file)
             if not _is_at(descriptor, file):  # let go of in between
                 continue
@@ -117,17 +111,6 @@ def _take(file: Path, setting: str) -> int:
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Whether the lock is now this process's; None where the file system has no locks."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return False if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES) else None
-    return True
 
 
 def _lives(file: Path, said: bytes, holder: dict[str, Any], locked: bool | None) -> bool:
@@ -211,7 +194,7 @@ def _here() -> dict[str, Any]:
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
-        "boot": _first_line("/proc/sys/kernel/random/boot_id") or socket.gethostname(),
+        "boot": machine.boot() or socket.gethostname(),
         "started": _started(os.getpid()),
         "processes": _names_of_processes(),
     }
@@ -227,11 +210,5 @@ def _names_of_processes() -> str:
 
 def _started(pid: object) -> str:
     """When a process was started, in the kernel's ticks; nothing where there is none."""
-    return "" if type(pid) is not int else (_first_line(f"/proc/{pid}/stat").rpartition(")")[2].split() + [""] * 20)[19]
-
-
-def _first_line(file: str) -> str:
-    try:
-        return Path(file).read_text().partition("\n")[0]
-    except OSError:
-        return ""
+    told = machine.first_line(f"/proc/{pid}/stat") if type(pid) is int else ""
+    return (told.rpartition(")")[2].split() + [""] * 20)[19]

@@ -20,10 +20,7 @@ from typing import NamedTuple
 import safetensors
 from filelock import FileLock
 
-try:
-    import fcntl
-except ImportError:  # a system without
-    fcntl = None  # type: ignore[assignment]
+from pattern_bench import machine
 
 KINDS = ("models", "moments", "baselines", "listings")
 """Trained weights; moments; random orders' curves; listings of folders and indices of shards."""
@@ -94,7 +91,7 @@ def in_use(folder: Path) -> set[tuple[str, str]]:
             file = folder / USERS / found.name
             with contextlib.suppress(OSError):
                 content = file.read_text()
-                elsewhere = not content.startswith(f"{_machine()}\n")
+                elsewhere = not content.startswith(f"{machine.boot() or 'unknown'}\n")
                 recent = time.time() - found.stat(follow_symlinks=False).st_mtime < FORGOTTEN
                 if not _is_free(file) or (elsewhere and recent):
                     used |= {(k, key) for k, _, key in (line.partition("/") for line in content.splitlines()[1:])}
@@ -124,9 +121,8 @@ class User:
     def _open(self) -> int:
         path = self.folder / USERS / f"{os.getpid()}-{secrets.token_hex(8)}.keys"
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(file, f"{_machine()}\n".encode())
+        machine.lock(file)
+        os.write(file, f"{machine.boot() or 'unknown'}\n".encode())
         weakref.finalize(self, _end, file, path, os.getpid())
         return file
 
@@ -174,21 +170,8 @@ def _is_own(file: Path, kind: str, key: str) -> bool:
 
 def _is_free(file: Path) -> bool:
     """Whether nobody has locked the file, as far as can be seen from here."""
-    if fcntl is None:
-        return False
     descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
+        return machine.lock(descriptor) is True
     finally:
         os.close(descriptor)
-
-
-def _machine() -> str:
-    """This machine since its start."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return "unknown"

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -58,6 +59,11 @@ def as_written(draw: Callable[P, R]) -> Callable[P, R]:
             return draw(*given, **named)
 
     return drawn
+
+
+def suffixes() -> list[str]:
+    """Of the files that pictures can be written to."""
+    return [f".{kind}" for kind in sorted(FigureCanvasAgg.get_supported_filetypes())]
 
 
 def _save(figure: Figure, path: Path, dpi: int = DPI) -> None:

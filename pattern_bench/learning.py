@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pattern_bench.core.memory import is_out_of_memory
-from pattern_bench.core.network import collecting
+from pattern_bench.core.network import collecting, first_not_finite
 from pattern_bench.core.outputs import heads, independent
 from pattern_bench.core.reading import Reader
 from pattern_bench.data.splits import Batch, GlobalBatches
 from pattern_bench.errors import UserError
 from pattern_bench.halving import Halving
 from pattern_bench.models.source import Training
-from pattern_bench.streams import Seen, fast_layout, first_not_finite, not_finite
+from pattern_bench.streams import Seen, fast_layout, not_finite
 
 AUXILIARY = 0.3
 """What the loss of an auxiliary head counts for (Szegedy et al. 2015, section 5)."""

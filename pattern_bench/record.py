@@ -19,13 +19,13 @@ from torch import Tensor
 from pattern_bench import ranks
 from pattern_bench.errors import UserError
 from pattern_bench.files import write_tensors
+from pattern_bench.finished import CONFIG
 from pattern_bench.foreign import UNREADABLE, read_json, read_yaml
 from pattern_bench.results import versions, write_csv, write_json
 from pattern_bench.tracking import Tracker, check, track
 from pattern_bench.writing import write_file
 
 PARTIAL = "partial"
-CONFIG = "config.yaml"
 
 
 class Record:

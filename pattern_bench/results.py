@@ -71,9 +71,9 @@ def in_cells(table: pd.DataFrame, written: Callable[[str], str] = as_cell) -> pd
     return table.assign(**changed).rename(columns=lambda name: written(name) if isinstance(name, str) else name)
 
 
-def write_csv(path: Path, table: pd.DataFrame) -> None:
+def write_csv(path: Path, table: pd.DataFrame, float_format: str | None = None) -> None:
     """Names that a spreadsheet would read as formulas have an apostrophe before them, see :func:`as_cell`."""
-    write_file(path, lambda file: in_cells(table).to_csv(file, index=False))
+    write_file(path, lambda file: in_cells(table).to_csv(file, index=False, float_format=float_format))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -118,6 +118,13 @@ REACHES = (
 )  # fmt: skip
 """The first line that fits a setting is the one that holds."""
 
+HOW = (
+    "resume", "quiet", "allow_any_target", "hydra.*", "cache.*", "checkpoint.*", "logger.*", "moments.memory_gib",
+    "data.workers", "data.strict", "data.download", "data.shards_kept", "trainer.*",
+)  # fmt: skip
+"""Settings that say how a run is done and where things are kept, not what it shows, but for rounding and
+``trainer.tf32``."""
+
 
 def reach(setting: str) -> Reach:
     """What is declared of a setting, such as ``data.batch_size``.

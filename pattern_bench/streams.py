@@ -15,8 +15,8 @@ from pattern_bench.core.degradation import degradation_curve, rank_patches, repl
 from pattern_bench.core.firing import FiringCollector
 from pattern_bench.core.layers import Scratch
 from pattern_bench.core.memory import fits
-from pattern_bench.core.network import Watcher, collecting, first_not_finite
-from pattern_bench.core.outputs import answer, probabilities
+from pattern_bench.core.network import Watcher, collecting
+from pattern_bench.core.outputs import answer, spoilt
 from pattern_bench.core.reading import Correlation, Reader
 from pattern_bench.data.splits import Batch
 from pattern_bench.errors import UserError
@@ -64,8 +64,8 @@ def answers(model: nn.Module, images: Tensor, positions: Tensor) -> Tensor:
         UserError: naming the first layer where something was NaN or infinite, where that shows in them.
     """
     logits: Tensor = model(images)
-    if not probabilities(model, logits).isfinite().all():
-        raise not_finite(first_not_finite(model, images) or "after the last one", positions)
+    if (layer := spoilt(model, images, logits)) is not None:
+        raise not_finite(layer, positions)
     return logits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Callable
@@ -17,6 +18,9 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: naming ``path``, where it cannot be written.
     """
+    if path.exists() and not path.is_file():  # a device, say, which what is moved there would take the place of
+        code, what = (errno.EISDIR, "it is a folder") if path.is_dir() else (errno.EINVAL, "it is no regular file")
+        raise OSError(code, what, str(path))
     # One name for all who write this file, so that what a killed process leaves is written over by the next.
     name = path.with_name(f".{path.stem}.part{path.suffix}")
     try:

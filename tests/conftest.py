@@ -81,6 +81,25 @@ def command(cache_dir, tmp_path):
 
 
 @pytest.fixture
+def script():
+    """Starts Python code with arguments in a process of its own, which can be talked to, and ends it with the test."""
+    started = []
+
+    def start(code, *arguments):
+        one = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+        started.append(one)
+        return one
+
+    yield start
+    for one in started:
+        one.kill()
+        one.communicate()
+
+
+@pytest.fixture
 def photographs():
     """A folder of 12 random JPEGs in 3 classes."""
 

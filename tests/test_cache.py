@@ -4,7 +4,6 @@ import errno
 import logging
 import os
 import subprocess
-import sys
 import time
 import tracemalloc
 
@@ -306,23 +305,15 @@ with cache.lock("kind", "key"):
 
 
 @pytest.fixture
-def job(cache):
+def job(cache, script):
     """Starts a job of its own that wants the entry ``kind/key``; a line to it lets it finish."""
-    started = []
 
     def start():
-        one = subprocess.Popen(
-            [sys.executable, "-c", JOB, str(cache.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )  # fmt: skip
-        started.append(one)
+        one = script(JOB, cache.folder)
         assert one.stdout.readline() == "starts\n"
         return one
 
-    yield start
-    for one in started:
-        one.kill()
-        one.communicate()
+    return start
 
 
 def test_of_two_jobs_one_computes_and_the_other_waits_and_loads(job):

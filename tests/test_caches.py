@@ -1,8 +1,6 @@
 """What a cache holds, and how it is emptied and bounded, beside jobs that run."""
 
 import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -51,23 +49,15 @@ sys.stdin.read(1)
 
 
 @pytest.fixture
-def job(folder):
+def job(folder, script):
     """Starts a job that uses an entry of the moments, until it is sent a line."""
-    started = []
 
     def start(number):
-        one = subprocess.Popen(
-            [sys.executable, "-c", JOB, str(folder), key(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )  # fmt: skip
-        started.append(one)
+        one = script(JOB, folder, key(number))
         assert one.stdout.readline() == "uses it\n"
         return one
 
-    yield start
-    for one in started:
-        one.kill()
-        one.communicate()
+    return start
 
 
 # --- looking ---

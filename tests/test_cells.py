@@ -1,6 +1,7 @@
 """Names in tables: nothing begins a cell that a spreadsheet would read as a formula, and names stay what they are."""
 
 import csv
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -66,3 +67,19 @@ def test_markdown_and_latex_keep_their_columns(tmp_path):
     latex = (tmp_path / "t.tex").read_text()
     assert r"\$5\_\%\&\textbackslash" in latex
     assert "-0.2500" in latex
+
+
+def test_tables_of_the_experiments_are_guarded_and_read_back(tmp_path):
+    from experiments.pages import beside_others
+
+    file = tmp_path / "models.csv"
+    first = pd.DataFrame({"model": ["=1+1", "net", "-x"], "rho": [0.123456, -1.5, 2.0]})
+    write_csv(file, first, "%.3g")
+    assert file.read_text() == "model,rho\n'=1+1,0.123\nnet,-1.5\n'-x,2\n"
+    again = beside_others(file, pd.DataFrame({"model": ["=1+1"], "rho": [9.0]}), ["model"])
+    assert again.model.tolist() == ["net", "-x", "=1+1"]
+
+
+def test_no_experiment_writes_a_table_without_the_guard():
+    for file in (Path(__file__).parents[1] / "experiments").rglob("*.py"):
+        assert ".to_csv(" not in file.read_text(), file

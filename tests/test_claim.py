@@ -4,13 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
 
-from pattern_bench import claim
+from pattern_bench import claim, machine
 from pattern_bench.claim import FILE, claimed
 from pattern_bench.errors import UserError
 
@@ -29,27 +28,21 @@ with claimed(Path(sys.argv[1]), "hydra.run.dir"):
 
 
 @pytest.fixture
-def job(tmp_path):
+def job(tmp_path, script):
     """Starts a process that has the folder, until it is sent a line."""
-    started = []
+    orphans = []
 
     def start(*arguments):
-        one = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(tmp_path / "run"), *arguments], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )  # fmt: skip
-        started.append(one)
+        one = script(HOLDER, tmp_path / "run", *arguments)
         lines = {one.stdout.readline() for _ in range(1 + len(arguments))}
         assert "has it\n" in lines
         one.orphan = next((int(line) for line in lines if line.strip().isdigit()), None)
+        orphans.extend([one.orphan] if one.orphan else [])
         return one
 
     yield start
-    for one in started:
-        one.kill()
-        if one.orphan:
-            os.kill(one.orphan, signal.SIGKILL)
-        one.communicate()
+    for orphan in orphans:
+        os.kill(orphan, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -173,7 +166,7 @@ def test_a_lock_that_says_nothing_is_stale(tmp_path, soon, content):
 
 
 def test_where_nothing_locks_the_process_is_looked_for(tmp_path, soon, monkeypatch):
-    monkeypatch.setattr(claim, "fcntl", None)
+    monkeypatch.setattr(machine, "fcntl", None)
     alive = subprocess.Popen(["sleep", "60"])
     about = claim._here() | {"pid": alive.pid, "started": claim._started(alive.pid)}
     elsewhere(tmp_path / "run", **about)

@@ -317,8 +317,17 @@ def test_resume_takes_up_the_settings_of_the_folder(command, tmp_path, cache_dir
     again = command(f"resume={folder}")
     assert again.returncode == 0
     assert "this run is complete" in again.stderr
-    other = command(f"resume={folder}", "estimator=a")
-    assert other.returncode == 0, other.stderr
+    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
+    other = command(f"resume={folder}", "estimator=a", "quiet=true")
+    assert other.returncode == 1
+    (line,) = other.stderr.splitlines()[-1:]
+    assert line.startswith(f"error: hydra.run.dir={folder} holds a complete run of other settings (estimator._target_=")
+    assert "start this one in a folder of its own, python -m pattern_bench logger=none" in line
+    assert "seed=23 estimator=a" in line
+    assert all(path.read_bytes() == content for path, content in whole.items())
+    (folder / "summary.json").unlink()
+    anew = command(f"resume={folder}", "estimator=a")
+    assert anew.returncode == 0, anew.stderr
     assert json.loads((folder / "summary.json").read_text())["estimator"] == "a"
     assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
 

@@ -40,6 +40,7 @@ from pattern_bench.methods.gradients import Gradient
 from pattern_bench.methods.patterns import PatternAttribution
 from pattern_bench.models.small import VGG
 from pattern_bench.models.source import load_weights, read_weights
+from pattern_bench.results import write_csv
 from pattern_bench.streams import fast_layout
 
 FORWARD, POSITIONS = "forward", 0.1
@@ -307,11 +308,11 @@ def main() -> None:
     print(tables[-1].round(2).to_string(index=False))
     errors = sampling_error(*built["vgg16 conv layers", options.batch[-1]])
     print(f"\n{POSITIONS:.0%} of positions, error of a\n{errors.round(3).to_string(index=False)}")
-    errors.to_csv(options.output / "positions.csv", index=False)
+    write_csv(options.output / "positions.csv", errors)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     said = f"{machine(options.device)}; {matrix / 1e9:.0f} GFLOP/s float32, {copy / 1e9:.1f} GB/s"
     print(f"\n{said}; peak memory {peak:.0f} MiB")
-    pd.concat(tables).assign(machine=said).to_csv(options.output / f"{options.device}.csv", index=False)
+    write_csv(options.output / f"{options.device}.csv", pd.concat(tables).assign(machine=said))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from experiments import jobs
 from experiments.fig2_linear.angles import ATTRIBUTIONS, SIGNALS, angles_at, over_seeds, weights_at
 from experiments.fig2_linear.figure import draw
 from experiments.pages import markdown, with_error, write_block
+from pattern_bench.results import write_csv
 
 HERE = Path(__file__).parent
 PHIS = tuple(range(5, 180, 5))
@@ -34,13 +35,13 @@ def main() -> None:
     angles = pd.concat(angles_at(phi, seed, samples, EXPLAINED) for phi in phis for seed in range(seeds))
     weights = pd.concat(weights_at(phi, seed, samples) for phi in phis for seed in range(seeds))
     found = over_seeds(angles)
-    found.round(4).to_csv(place / "angles.csv", index=False)
-    weights.round(6).to_csv(place / "weights.csv", index=False)
+    write_csv(place / "angles.csv", found.round(4))
+    write_csv(place / "weights.csv", weights.round(6))
     draw(found, weights, place / "fig2.png", samples)
     if options.quick:
         return
     trained = by_jobs(options.runs / "fig2_linear")
-    trained.round(4).to_csv(HERE / "trained.csv", index=False)
+    write_csv(HERE / "trained.csv", trained.round(4))
     page = HERE / "README.md"
     for tells in (SIGNALS, ATTRIBUTIONS):
         write_block(page, tells, angle_table(found[found.tells == tells]))

@@ -23,6 +23,7 @@ from experiments.ground_truth.scoring import Setting, keep_score
 from experiments.ground_truth.tables import accuracies, by_scenario, correlations, other_scores, predictions, summary
 from experiments.jobs import folder
 from experiments.pages import write_block
+from pattern_bench.results import write_csv
 
 HERE = Path(__file__).parent
 SEEDS = range(5)
@@ -51,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         main_settings, sweep, seeds, out = [QUICK], [QUICK], SEEDS[:2], runs
     raw = collect(list(dict.fromkeys([*main_settings, *sweep])), seeds, runs, options.workers)
-    raw.to_csv(out / "by_seed.csv", index=False, float_format="%.3g")
+    write_csv(out / "by_seed.csv", raw, "%.3g")
     table = summary(raw)
-    table.to_csv(out / "scores.csv", index=False, float_format="%.4g")
+    write_csv(out / "scores.csv", table, "%.4g")
     chosen = of_settings(raw, main_settings)
     found = correlations(chosen)
-    found.to_csv(out / "correlations.csv", index=False, float_format="%.4g")
+    write_csv(out / "correlations.csv", found, "%.4g")
     draw_predicts(of_settings(table, main_settings), found, out / "predicts.png")
     draw_sweep(of_settings(table, sweep), out / "sweep.png")
     if not options.quick:

@@ -22,6 +22,7 @@ from pattern_bench.data.known_signal import UNITS, KnownSignal, draw
 from pattern_bench.methods.gradients import DeConvNet, Gradient, GuidedBackProp, IntegratedGradients, SmoothGrad
 from pattern_bench.methods.patterns import DtdW2, LrpZ
 from pattern_bench.methods.perturbation import Occlusion, PredictionDifference
+from pattern_bench.results import write_csv
 from pattern_bench.transport import closeness
 
 ESTIMATORS = ("random", "w", "a", "a_plus_minus")
@@ -65,9 +66,8 @@ def score(setting: Setting, seed: int) -> pd.DataFrame:
 
 def keep_score(setting: Setting, seed: int, file: Path) -> Path:
     """Writes :func:`score` to a CSV file, whole or not at all."""
-    part = file.with_suffix(".part")
-    score(setting, seed).to_csv(part, index=False)
-    return part.rename(file)
+    write_csv(file, score(setting, seed))
+    return file
 
 
 def _of_one_network(setting: Setting, known: KnownSignal, model: str, seed: int) -> pd.DataFrame:

@@ -36,6 +36,7 @@ from pattern_bench.data.listing import Names, numbers, tensor_of
 from pattern_bench.data.shards import Shards
 from pattern_bench.data.source import Source, photograph_transform
 from pattern_bench.data.splits import Split, make_splits
+from pattern_bench.results import write_csv
 from pattern_bench.streams import MomentStream
 
 IMAGENET = 1_281_167
@@ -406,7 +407,7 @@ def main() -> None:
     rates.attrs["load"], rates.attrs["photographs"] = load, len(FolderPool(str(arguments.images), "--images").ids)
     print(rates, flush=True)
     ways = decoder_rates(arguments.images, arguments.repeats)
-    watched.round(1).to_csv(arguments.output / "memory.csv", index=False)
+    write_csv(arguments.output / "memory.csv", watched.round(1))
     (arguments.output / "README.md").write_text(wrapped(report(rates, ways, watched, sizes)))
 
 

@@ -31,6 +31,7 @@ from pattern_bench.core.collector import LEAST_POSITIONS
 from pattern_bench.data.folder import FolderPool
 from pattern_bench.models.small import VGG
 from pattern_bench.models.vision import TorchvisionModel
+from pattern_bench.results import write_csv
 
 HERE = Path(__file__).parent
 
@@ -148,7 +149,7 @@ def main() -> None:
 
 def keep(found: dict[str, pd.DataFrame], place: Path) -> None:
     for name, table in found.items():
-        table.to_csv(place / f"{name}.csv", index=False, float_format="%.5g")
+        write_csv(place / f"{name}.csv", table, "%.5g")
 
 
 def said(name: str, table: pd.DataFrame) -> tuple[str, pd.DataFrame]:

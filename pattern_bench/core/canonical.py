@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
-from pattern_bench.core.half_precision import images_for, widen_
+from pattern_bench.core.half_precision import copied, images_for, widen_
 from pattern_bench.core.layers import LAYER_TYPES, Layer, PaddedConv2d, convolved, geometry_of
 from pattern_bench.core.learned import CONSTANT, LearnedWeights
 from pattern_bench.core.network import refuse_training, unwrapped, without_weights
@@ -159,21 +159,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
             f"model={name}: module {lazy} has no weights before it meets its first input, and those would be "
             "random: run the network on an image once, and train it or load its weights"
         )
-    # Weights that pruning, weight norm and spectral norm compute in hooks are part of an autograd graph, and computed
-    # anew in each forward pass: what they are now is enough of a copy.
-    computed = {
-        id(tensor): tensor.detach().clone()
-        for module in model.modules()
-        for tensor in vars(module).values()
-        if isinstance(tensor, Tensor) and not tensor.is_leaf
-    }
-    try:
-        network = copy.deepcopy(model, computed)
-    except RuntimeError as error:  # other tensors that are part of an autograd graph
-        raise UserError(
-            f"model={name} cannot be copied ({str(error).splitlines()[0]}): take away the tensors that it keeps of a "
-            "forward pass"
-        ) from error
+    network = copied(model)
     for module in list(network.modules()):
         network = _replaced(network, module, unwrapped(module))
     return network.eval().requires_grad_(False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pattern_bench.core.outputs import probabilities
-from pattern_bench.errors import UserError
+from pattern_bench.errors import UserError, told
 
 REPLACEMENTS = ("mean", "blur", "constant")
 ORDERS = ("most", "least")
@@ -38,7 +38,7 @@ def check_patches(spatial: Sequence[int], patch: int, steps: int) -> None:
         )
     for setting, value in (("patch", patch), ("steps", steps)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{setting}={value} is not possible: give a whole number of at least 1")
+            raise UserError(f"{setting}={told(value)} is not possible: give a whole number of at least 1")
     size, count = "×".join(map(str, spatial)), math.prod(grid_of(spatial, patch))
     if count < steps:
         setting = f"patch={patch}" if not count else f"steps={steps}"

@@ -39,12 +39,28 @@ def widened(model: nn.Module) -> nn.Module:
     """
     if is_wide(model):
         return model
+    return widen_(copied(model))
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """
+    Raises:
+        UserError: where the network cannot be copied.
+    """
+    # Weights that pruning, weight norm and spectral norm compute in hooks are part of an autograd graph, and computed
+    # anew in each forward pass: what they are now is enough of a copy.
+    computed = {
+        id(tensor): tensor.detach().clone()
+        for module in model.modules()
+        for tensor in vars(module).values()
+        if isinstance(tensor, Tensor) and not tensor.is_leaf
+    }
     try:
-        return widen_(copy.deepcopy(model))
-    except RuntimeError as error:  # tensors that are part of an autograd graph
+        return copy.deepcopy(model, computed)
+    except RuntimeError as error:  # other tensors that are part of an autograd graph
         raise UserError(
-            f"model={type(model).__name__} is in half precision and cannot be copied "
-            f"({str(error).splitlines()[0]}): give model.float()"
+            f"model={type(model).__name__} cannot be copied ({str(error).splitlines()[0]}): take away the tensors that "
+            "it keeps of a forward pass"
         ) from error
 
 

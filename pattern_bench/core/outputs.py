@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pattern_bench.core.network import refuse_training, unwrapped
-from pattern_bench.errors import UserError
+from pattern_bench.core.given import unusable, whole_numbers
+from pattern_bench.core.network import first_not_finite, refuse_training, unwrapped
+from pattern_bench.errors import UserError, told
 
 Output = str | int | Callable[[Any], Tensor] | None
 """Which of a network's outputs are its logits: a key, an index, or a function of all; None for the only one."""
@@ -35,6 +37,14 @@ def probabilities(network: Any, logits: Tensor) -> Tensor:
     one logit z tells class 1 from class 0, z is evidence for class 1, and sigmoid(z) is the probability of class 1.
     """
     return logits.sigmoid() if independent(network, logits) else logits.softmax(1)
+
+
+def spoilt(network: Any, images: Tensor, logits: Tensor) -> str | None:
+    """The first layer where something is NaN or infinite, where that shows in the ``logits`` (B, K) of ``images``; None
+    where they are of numbers."""
+    if probabilities(network, logits).isfinite().all():
+        return None
+    return first_not_finite(network, images) or "after the last one"
 
 
 def independent(network: Any, logits: Tensor) -> bool:
@@ -63,33 +73,42 @@ def answer(network: Any, logits: Tensor) -> Answer:
     return Answer(output, (logits[:, 0] > 0).long(), torch.maximum(confidence, 1 - confidence))
 
 
-def targets(target: Tensor | int | None, logits: Tensor) -> Tensor:
-    """The outputs that ``target`` asks for, (B,): those of the largest of ``logits`` (B, K) for None.
+def targets(target: Any, logits: Tensor, who: str = "") -> Tensor:
+    """The outputs that ``target`` asks for, (B,): those of the largest of ``logits`` (B, K) for None. Errors begin with
+    ``who``.
 
     Raises:
         UserError: where it is neither a whole number nor B of them, or out of range.
     """
-    images, outputs = logits.shape
     if target is None:
-        return logits.argmax(1)
-    one = isinstance(target, int) and not isinstance(target, bool)
-    given: Any = torch.tensor(target) if one else target
-    whole = isinstance(given, Tensor) and not (
-        given.is_floating_point() or given.is_complex() or given.dtype == torch.bool
-    )
-    if not whole or given.shape not in ((), (images,)):
-        what = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
+        return logits.detach().argmax(1)
+    asked, outputs = asked_for(target, len(logits), logits.device, who), logits.shape[1]
+    outside = asked[(asked < 0) | (asked >= outputs)]
+    if len(outside):
         raise UserError(
-            f"target={what} is not possible: give one whole number, a tensor of {images} (one for each image), or None "
-            "for the predicted class"
-        )
-    outside = given[(given < 0) | (given >= outputs)]
-    if outside.numel():
-        raise UserError(
-            f"target={int(outside.flatten()[0])} is out of range: the network has {outputs} outputs, so give 0 to "
+            f"{who}target={int(outside[0])} is out of range: the network has {outputs} outputs, so give 0 to "
             f"{outputs - 1}, or None for the predicted class"
         )
-    return given.detach().to(logits.device, torch.int64).expand(images).clone()
+    return asked
+
+
+def asked_for(target: Any, images: int, device: torch.device, who: str = "") -> Tensor:
+    """``target``, one whole number or a tensor of one for each image, as (images,) int64. Errors begin with ``who``.
+
+    Raises:
+        UserError: where it is neither.
+    """
+    if isinstance(target, Integral) and not isinstance(target, bool) and -(2**63) <= int(target) < 2**63:
+        return torch.full((images,), int(target), device=device)
+    if not isinstance(target, Tensor) or not whole_numbers(target) or target.shape not in ((), (images,)):
+        what = told(target)
+        if isinstance(target, Tensor):
+            what = unusable(target) or f"{target.dtype} of shape {tuple(target.shape)}"
+        raise UserError(
+            f"{who}target={what} is not possible: give one whole number, a tensor of {images} (one for each image), or "
+            "None for the predicted class"
+        )
+    return target.detach().to(device, torch.int64).expand(images).clone()
 
 
 # --- logits ---
@@ -156,7 +175,8 @@ class Logits(nn.Module):
             of all outputs; None for the only tensor.
 
     Raises:
-        UserError: in a forward pass, where there is no such output, or several and none is named.
+        UserError: where ``network`` is none, or ``output`` no key, index or function; in a forward pass, where there is
+            no such output, or several and none is named.
     """
 
     # Underscores, and nothing registered: every other name is one of the network's own modules.
@@ -169,11 +189,18 @@ class Logits(nn.Module):
 
     def __init__(self, network: nn.Module, output: Output = None) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise UserError(f"network={told(network)} is no network: give a torch.nn.Module")
+        if not (output is None or isinstance(output, str | int) or callable(output)):
+            raise UserError(
+                f"output={told(output)} is not possible: give a key, an index, or a function of all outputs that "
+                "returns the logits"
+            )
         network = unwrapped(network)
         if isinstance(network, Logits):
             output = network._output if output is None else output
             network = network.__dict__["_network"]
-        self.__dict__["_network"], self._output = network, output
+        self.__dict__["_network"], self.__dict__["_output"] = network, output
         for shared in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[shared] = network.__dict__[shared]
         self.training = network.training

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pattern_bench.core.estimators import Pattern
+from pattern_bench.core.given import unusable
 from pattern_bench.core.half_precision import images_for, own_precision, wide, widened
 from pattern_bench.core.memory import is_out_of_memory
 from pattern_bench.core.network import in_training
+from pattern_bench.core.outputs import asked_for, targets
 from pattern_bench.core.precision import float32_products
-from pattern_bench.errors import UserError
+from pattern_bench.errors import UserError, told
 
 
 class Method:
@@ -130,15 +132,7 @@ class Method:
 
     def _target(self, logits: Tensor, target: Tensor | None) -> Tensor:
         """The classes to explain, (B,)."""
-        if target is None:
-            return logits.detach().argmax(1)
-        outside = target[(target < 0) | (target >= logits.shape[1])]
-        if len(outside):
-            raise UserError(
-                f"{self.name}: target={int(outside[0])} is out of range: the network has {logits.shape[1]} outputs, "
-                f"so give 0 to {logits.shape[1] - 1}, or None for the predicted class"
-            )
-        return target
+        return targets(target, logits, f"{self.name}: ")
 
     def _output(self, x: Tensor, target: Tensor | None) -> Tensor:
         """The output to explain, (B,)."""
@@ -176,6 +170,8 @@ class Method:
     def _check_inputs(self, inputs: Tensor) -> None:
         if not isinstance(inputs, Tensor):
             raise UserError(f"{self.name}: inputs is a {type(inputs).__name__}: give a tensor")
+        if (what := unusable(inputs)) and what != "meta":  # which is another device's
+            raise UserError(f"{self.name}: inputs is a {what} tensor: give a dense one of real numbers, with values")
         shape = tuple(inputs.shape)
         if inputs.ndim < 2 or not inputs.numel():
             raise UserError(f"{self.name}: inputs has shape {shape}: give a batch of at least one image, (B, ...)")
@@ -195,31 +191,18 @@ class Method:
             raise UserError(
                 f"{self.name}: inputs is on {inputs.device} and the network on {wanted}: give inputs.to('{wanted}')"
             )
-        finite = inputs.detach().flatten(1).isfinite().all(1)
+        finite = wide(inputs.detach()).flatten(1).isfinite().all(1)
         if not finite.all():
             image = int((~finite).nonzero()[0])
             what = "NaN" if inputs[image].isnan().any() else "an infinite value"
             raise UserError(f"{self.name}: image {image} of inputs holds {what}: leave it out, or mend it")
 
     def _classes(self, inputs: Tensor, target: Any) -> Tensor | None:
-        if target is None:
-            return None
-        if isinstance(target, int) and not isinstance(target, bool):
-            return torch.full((len(inputs),), target, device=inputs.device)
-        whole = isinstance(target, Tensor) and not (
-            target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
-        )
-        if not whole or target.shape not in ((), (len(inputs),)):
-            what = f"{target.dtype} of shape {tuple(target.shape)}" if isinstance(target, Tensor) else repr(target)
-            raise UserError(
-                f"{self.name}: target={what} is not possible: give one whole number, a tensor of {len(inputs)} (one "
-                "for each image), or None for the predicted class"
-            )
-        return target.detach().to(inputs.device, torch.int64).expand(len(inputs)).clone()
+        return None if target is None else asked_for(target, len(inputs), inputs.device, f"{self.name}: ")
 
     def _check_setting(self, setting: str, value: Any, possible: bool, remedy: str) -> None:
         if not possible:
-            raise UserError(f"{self.name}: {setting}={value} is not possible: give {remedy}")
+            raise UserError(f"{self.name}: {setting}={told(value, quoted=False)} is not possible: give {remedy}")
 
     def _check_whole(self, setting: str, value: Any, least: int = 1) -> None:
         possible = isinstance(value, int) and not isinstance(value, bool) and value >= least

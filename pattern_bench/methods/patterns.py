@@ -93,7 +93,8 @@ class _PatternMethod(_Layerwise):
         self, model: nn.Module, patterns: Mapping[str, Pattern] | None = None, last_layer: str = "positive"
     ) -> None:
         super().__init__(model)
-        self._check_setting("last_layer", last_layer, last_layer in ("positive", "weight"), "positive or weight")
+        possible = isinstance(last_layer, str) and last_layer in ("positive", "weight")
+        self._check_setting("last_layer", last_layer, possible, "positive or weight")
         self.last_layer = last_layer
         if not patterns:
             raise UserError(f"{self.name} needs patterns, and there are none: fit an estimator that has them first")

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
@@ -27,6 +28,8 @@ TYPES: dict[str, Any] = {
 """Of the columns that are no names."""
 JOB = "pattern_bench"
 MOST_SETTINGS = 5000
+MOST_SHOWN = 80
+"""Characters of a wrong value in a message."""
 ELSEWHERE = ("cache", "logger", "checkpoint", "resume", "quiet")
 """Groups of settings that say where a run keeps things, and change no result."""
 
@@ -161,13 +164,10 @@ def read_run(folder: Path, name: str) -> Run:
 
 def _summary(file: Path) -> dict[str, Any]:
     summary = read_json(file)
-    for key, kind in (("run_id", str), ("ended", str), ("area_over_curve_interval", dict), ("versions", dict),
-                      ("skipped", dict)):  # fmt: skip
-        if not isinstance(summary.get(key, kind()), kind):
-            raise ValueError(f"{file.name} gives {key} as {summary[key]}")
+    _check_fields(file, summary, SUMMARY)
     for ends in summary.get("area_over_curve_interval", {}).values():
         if not (isinstance(ends, list) and len(ends) == 2 and all(map(_is_number, ends))):
-            raise ValueError(f"{file.name} gives {ends} as an interval")
+            raise ValueError(f"{file.name} gives {_shown(ends)} as an interval")
     return summary
 
 
@@ -176,15 +176,84 @@ def _accuracy(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     accuracy = read_json(file)
+    _check_fields(file, accuracy, {name: _is_text for name in ("model", "data", "skipped")})
     if "top1" in accuracy:
-        top1, images = accuracy["top1"], accuracy.get("images")
-        if not (_is_number(top1) and 0 <= top1 <= 1 and isinstance(images, int) and images > 0):
-            raise ValueError(f"{file.name} gives an accuracy of {top1} on {images} images")
+        top1: Any = accuracy["top1"]
+        images: Any = accuracy.get("images")
+        if not (_is_number(top1) and 0 <= top1 <= 1 and _is_whole(images) and images > 0):
+            raise ValueError(f"{file.name} gives an accuracy of {_shown(top1)} on {_shown(images)} images")
+        top5: Any = accuracy.get("top5", 1.0)
+        if not (_is_number(top5) and top1 <= top5 <= 1):
+            raise ValueError(f"{file.name} gives top5 as {_shown(top5)}, beside a top1 of {top1}")
     return accuracy
+
+
+def _check_fields(file: Path, content: dict[str, Any], fields: dict[str, Callable[[Any], bool]]) -> None:
+    """Fields that are missing, as in files of earlier versions, will do.
+
+    Raises:
+        ValueError: naming file, field and value, where a field is of another type than ours.
+    """
+    for name, fits in fields.items():
+        if name in content and not fits(content[name]):
+            raise ValueError(f"{file.name} gives {name} as {_shown(content[name])}")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _dict_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
+
+
+_EVERY: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("run_id", "ended", "model", "data", "estimator"), _is_text), "seed": _is_whole,
+    "versions": _dict_of(_is_text), "seconds": _dict_of(_is_number), "images_per_second": _dict_of(_is_number),
+    "peak_memory_mib": _dict_of(_is_number), "peak_gpu_memory_mib": _dict_of(_is_number),
+}  # fmt: skip
+SUMMARY: dict[str, Callable[[Any], bool]] = {
+    **_EVERY, **dict.fromkeys(("method", "criterion", "probe"), _is_text), "positions": _is_number,
+    "processes": _is_whole, "splits": _dict_of(_is_whole), "unreadable": _list_of(_is_text), "rho": _is_dict,
+    "patch": _or_none(_is_whole), "steps": _or_none(_is_whole), "area_over_curve": _dict_of(_is_number),
+    "area_over_curve_interval": _is_dict, "accuracy": _or_none(_is_number),
+    "signal_angle_degrees": _or_none(_dict_of(_is_number)), "skipped": _dict_of(_is_text),
+}  # fmt: skip
+"""Of ``summary.json``: what each field that a run writes can be."""
+PICTURES: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "gallery": {
+        **_EVERY, "figure": lambda value: isinstance(value, str) and re.fullmatch(r"\w+", value) is not None,
+        "images": _list_of(_is_dict), "columns": _list_of(_is_dict), "left_out": _dict_of(_is_text),
+        "estimators": _list_of(_is_text), "percentile": _is_number,
+    },
+    "sanity": {**_EVERY, "images": _is_whole, "directions": _is_whole, "left_out": _dict_of(_is_text)},
+}  # fmt: skip
+"""The same of ``gallery.json`` and ``sanity.json``. ``figure`` is part of a file's name."""
 
 
 def read_settings(file: Path) -> dict[str, str]:
@@ -260,6 +329,7 @@ def read_pictures(found: Found) -> list[Pictures]:
         for folder, name in found.complete[kind].items():
             try:
                 summary = read_json(folder / COMMANDS[kind])
+                _check_fields(folder / COMMANDS[kind], summary, PICTURES[kind])
             except UNREADABLE as error:
                 raise UserError(f"the run in {name} is damaged ({error}): remove it or run it again") from error
             pictures.append(Pictures(folder, name, kind, summary, read_overrides(folder)))

@@ -20,11 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pattern_bench.__main__ import CONF
 from pattern_bench.errors import UserError
+from pattern_bench.finished import COMMANDS
 from pattern_bench.foreign import UNREADABLE, read_yaml
 from pattern_bench.resuming import is_override, may_be_taken, quoted, shell_command
 
-COMMANDS = {"pattern_bench": "summary.json", "gallery": "gallery.json", "sanity": "sanity.json"}
-"""By the name that Hydra knows each command under: the file that says that its run is complete."""
 WITH_PATTERNS = ("pattern_net", "pattern_attribution")
 MOST_JOBS = 100_000
 """Of a sweep: a range in somebody's folder can be as long as it likes."""
