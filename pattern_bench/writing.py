@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,10 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     try:
         name.unlink(missing_ok=True)
         os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = name.stat().st_mode
         write(name)
+        # safetensors makes files that nobody else can read, whatever the umask.
+        name.chmod(stat.S_IMODE(mode))
         os.replace(name, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
