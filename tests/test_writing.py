@@ -22,9 +22,9 @@ def test_a_file_that_fails_half_way_leaves_what_was_there(tmp_path):
 
     def half(path):
         path.write_text("ha")
-        raise ValueError
+        raise ValueError("half way")
 
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="half way"):
         write_file(file, half)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert file.read_text() == "before"
