@@ -79,6 +79,35 @@ def loop_fused(n, f, g):
     return y
 
 
+def loop_into_columns(n, f, g):
+    y = torch.zeros(len(g), 5)
+    for k in range(5):
+        for i in range(8):
+            y[:, k] += g[:, i] * n.matrix[k, i]
+    return y
+
+
+def loop_of_maxima(n, f, g):
+    y = torch.full((len(g), 5), -1e9)
+    for i in range(8):
+        y = torch.maximum(y, g[:, i : i + 1] * n.matrix[:, i])
+    return y
+
+
+def loop_over_shifts(n, f, g):
+    y, p = 0, F.pad(f, (1, 1, 1, 1))
+    for i in range(9):
+        y = y + p[:, :, i // 3 : i // 3 + 6, i % 3 : i % 3 + 6] * n.place[0, :, i // 3, i % 3, None, None]
+    return n.fc(y.mean((2, 3)))
+
+
+def loop_over_prototypes(n, f, g):
+    y = 0
+    for i in range(8):
+        y = y - (g[:, i : i + 1] - n.prototypes[:, i : i + 1].T).abs()
+    return y
+
+
 def filtered(spectrum):
     return lambda n, f, g: n.fc(torch.fft.irfft2(torch.fft.rfft2(f) * spectrum(n), s=(6, 6)).relu().mean((2, 3)))
 
@@ -101,6 +130,11 @@ SUMS = {
     "loop over inputs": (loop_over_inputs, "add"),
     "loop in place": (loop_in_place, "add"),
     "loop over both": (loop_over_both, "add"),
+    "loop into columns": (loop_into_columns, "add"),
+    "loop of maxima": (loop_of_maxima, "maximum"),
+    "loop over shifts": (loop_over_shifts, "add"),
+    "loop over prototypes": (loop_over_prototypes, "sub"),
+    "sparse prototypes": (lambda n, f, g: torch.sparse.mm(n.prototypes.to_sparse(), g.T).T, "mm"),
     "loop, fused": (loop_fused, "addcmul"),
     "two channels": (lambda n, f, g: n.fc(g) + (g[:, :1] * n.scale[0] - g[:, 1:2] * n.scale[1]), "sub"),
     "neighbours": (lambda n, f, g: n.fc((f * n.place + f.roll(1, -1) * n.place.roll(2, -1)).mean((2, 3))), "add"),
@@ -190,6 +224,9 @@ ELEMENTWISE = {
     ),
     "largest of scaled maps": lambda n, f, g: n.fc((f * n.scale[:, None, None]).amax((2, 3))),
     "soft maximum of scaled maps": lambda n, f, g: n.fc((f * n.scale[:, None, None]).logsumexp((2, 3))),
+    "largest of scaled maps, padded": lambda n, f, g: n.fc(
+        F.max_pool2d(F.pad(f * n.scale[:, None, None], (1, 1, 1, 1), value=float("-inf")), 3).amax((2, 3))
+    ),
     "largest, with position": lambda n, f, g: n.fc(F.max_pool2d(f + n.place, 6).flatten(1)),
     "channels' mean and largest beside the maps": lambda n, f, g: n.fc(
         (lambda y: (y * (y.mean(1, keepdim=True) + y.amax(1, keepdim=True)).sigmoid()).mean((2, 3)))(n.norm(f))

@@ -54,8 +54,11 @@ _NORMALISING = (
     "_fused_rms_norm", "_softmax", "_log_softmax",
 )  # fmt: skip
 """Operations that sum in order to normalise; with an elementwise affine part at most."""
-_SUMMING = ("add", "sub", "rsub", "addcmul", "addcdiv", "lerp")
-"""Elementwise operations that add their operands."""
+_SUMMING = (
+    "add", "sub", "rsub", "addcmul", "addcdiv", "lerp", "maximum", "minimum", "fmax", "fmin", "logaddexp", "logaddexp2",
+    "hypot",
+)  # fmt: skip
+"""Elementwise operations that add their operands, or choose the larger."""
 _ACTIVATIONS = ("prelu", "_prelu_kernel")
 """Activations with learned slopes, which torch does not count among its elementwise operations."""
 _ADDED = ("bias", "attn_mask", "attn_bias")
@@ -293,9 +296,11 @@ class LearnedWeights(TorchDispatchMode):
         kinds = {self.kind(t) for t in operands}
         if {LEARNED, IMAGE} <= kinds and torch.Tag.pointwise not in func.tags and not self.in_layer():
             raise self.refusal(func._schema.name.partition("::")[2])
+        sums = {STORED, IMAGE} <= kinds and torch.Tag.pointwise not in func.tags and not self.in_layer()
         for t in _all_tensors(output):
             if _values(t) is not None:
                 self.memory(t).kind = max(kinds)
+                self.memory(t).stored_sum = self.refusal(func._schema.name.partition("::")[2]) if sums else None
 
     def _origins(
         self, name: str, func: Any, args: Any, kwargs: Any, operands: list[Tensor], results: list[Tensor], kind: int,
@@ -313,6 +318,8 @@ class LearnedWeights(TorchDispatchMode):
         if name in _REARRANGING and len(image) == 1:
             moved = self._run(func, args, kwargs, lambda t: self.origin(t) if t is image[0] else None)
             return moved[0] if len(moved) == 1 and moved[0].shape == result.shape else None
+        if name == "copy":
+            return _expanded(self.read(args[1], "origins"), result)
         if torch.Tag.pointwise not in func.tags:
             return None
         if len(image) > 1 and name in _SUMMING:
@@ -361,7 +368,8 @@ class LearnedWeights(TorchDispatchMode):
         met = any(self.memory(t).meets_stored for t in image)
         if torch.Tag.pointwise in func.tags:
             repeated = all(_repeated(t, results[0].shape) > 0 or self.memory(t).repeated for t in image)
-            return repeated, met or (stored and repeated), None
+            added = name in _SUMMING and sum(self.memory(t).meets_stored for t in image) > 1
+            return repeated, met or (stored and repeated), self.refusal(name) if added else None
         if name in _MOVING or name in _REARRANGING:
             return any(self.memory(t).repeated for t in image), met, None
         sums = met or (stored and any(self._summed(func, args, kwargs, STORED)))
@@ -467,7 +475,9 @@ class LearnedWeights(TorchDispatchMode):
                 continue
             difference = (one * second - first.square()).abs()
             varies |= bool((difference > 1e-5 * first.abs().square().clamp(min=1e-12)).any())
-            found.append(torch.where(one != 0, first / one, 0.0) if first.is_floating_point() else None)
+            found.append(
+                torch.where(one != 0, first / one, 0.0).nan_to_num(0, 0, 0) if first.is_floating_point() else None
+            )
         if not self._is_sum(run, c):
             varies = self._chooses(run, c)
         return [None] * len(results) if varies else found, varies
