@@ -194,6 +194,9 @@ LOGITS = {
     "kept small": lambda n, f, m, a, b: 30 * (a / 30).tanh(),
     "gate": lambda n, f, m, a, b: a * b.sigmoid(),
     "gate of itself": lambda n, f, m, a, b: a * a.sigmoid(),
+    "gate in place, of a part": lambda n, f, m, a, b: (
+        lambda y: (y[:, :4].sigmoid_(), y[:, :4] * y[:, 4:])[1]
+    )(torch.cat([a, b], 1)),
     "squeeze and excitation": lambda n, f, m, a, b: (m * a.sigmoid()[..., None, None]).mean((2, 3)),
     "mixture of experts": lambda n, f, m, a, b: (
         n.a(f.amax((2, 3))).softmax(1)[..., None] * torch.stack([a, b, -a, -b], 1)

@@ -94,6 +94,8 @@ class Squashing(TorchDispatchMode):
         empty = name.startswith("new_") or name.endswith("_like")
         for t in tree_leaves(output):
             if _strided(t):
+                if t.numel() * t.element_size() < t.untyped_storage().nbytes():  # in place, of a part
+                    past = past._replace(plain=past.plain or self.past(t).plain)
                 self._write(t, past if t.is_floating_point() and not empty else Past())  # a mask is no evidence
         return output
 
