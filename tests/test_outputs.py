@@ -317,10 +317,17 @@ def test_a_network_that_is_one_layer():
     assert list(pb.collect_moments(layer, [x])) == [""]
 
 
-def test_lazy_layers_have_no_weights_to_examine():
+def test_lazy_layers_have_no_weights_to_examine(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.LazyLinear(5)).eval()
     with pytest.raises(UserError, match="module 1 has no weights before it meets its first input"):
         canonical(model, images(1))
+    for use in (
+        lambda: pb.degradation(model, images(), {}, patch=4, steps=2),
+        lambda: pb.draw_gallery(model, images(), {}, tmp_path / "gallery.png"),
+    ):
+        with pytest.raises(UserError, match="module 1 has no weights before it meets its first input"):
+            use()
+    assert isinstance(model[1], nn.LazyLinear)
     model(images(1))
     assert list(pb.collect_moments(model, [images()])) == ["1"]
 

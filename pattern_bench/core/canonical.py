@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from pattern_bench.core.half_precision import images_for, widen_
 from pattern_bench.core.layers import LAYER_TYPES, Layer, PaddedConv2d, convolved, geometry_of
 from pattern_bench.core.learned import IMAGE, LEARNED, LearnedWeights
-from pattern_bench.core.network import refuse_training, unwrapped, without_weights
+from pattern_bench.core.network import refuse_training, refuse_without_weights, unwrapped
 from pattern_bench.core.outputs import as_logits
 from pattern_bench.core.precision import float32_products
 from pattern_bench.errors import UserError
@@ -154,11 +154,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
             f"model={name}: module {scripted[0] or 'the network itself'} is compiled by TorchScript, which hides its "
             "layers: give the Python module it was made from"
         )
-    if lazy := without_weights(model):
-        raise UserError(
-            f"model={name}: module {lazy} has no weights before it meets its first input, and those would be "
-            "random: run the network on an image once, and train it or load its weights"
-        )
+    refuse_without_weights(model)
     # Weights that pruning, weight norm and spectral norm compute in hooks are part of an autograd graph, and computed
     # anew in each forward pass: what they are now is enough of a copy.
     computed = {
