@@ -34,6 +34,7 @@ from pattern_bench.core.network import (
     collecting,
     layers_in_order,
     refuse_training,
+    refuse_without_weights,
     select_layers,
 )
 from pattern_bench.core.outputs import Logits as Logits
@@ -716,6 +717,7 @@ def _answers(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
             outputs are NaN or infinite.
     """
     where = f"the batch of images 0 to {len(images) - 1}"
+    refuse_without_weights(model)
     with torch.no_grad():
         try:
             if not images.isfinite().all():

@@ -35,6 +35,14 @@ class Net(nn.Module):
         self.deform = torchvision.ops.DeformConv2d(8, 8, 3, padding=1)
         for parameter in self.norm.parameters():
             nn.init.uniform_(parameter, 0.5, 1.5)
+        self.spectrum = nn.Parameter(torch.randn(8, 6, 4, dtype=torch.cfloat))
+        self.parts = nn.Parameter(torch.randn(8, 6, 4, 2))
+        self.register_buffer("prototypes", torch.randn(5, 8))
+        self.attribute = torch.randn(5, 8)
+        self.register_buffer("mask", (torch.arange(8) % 3 > 0).float())
+        self.register_buffer("constant", torch.rand(1, 8, 6, 6) + 0.5)
+        self.register_buffer("cosines", (torch.arange(8.0)[:, None] * (torch.arange(8) + 0.5) * torch.pi / 8).cos())
+        self.register_buffer("blur", torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16)
         self.head = head
 
     def forward(self, x):
@@ -46,7 +54,98 @@ def run(head):
     return canonical(Net(head).eval(), torch.randn(1, 3, 8, 8))
 
 
+def loop_over_inputs(n, f, g):
+    y = 0
+    for i in range(8):
+        y = y + g[:, i : i + 1] * n.matrix[:, i]
+    return y
+
+
+def loop_in_place(n, f, g):
+    y, h = torch.zeros(len(g), 5), F.pad(g, (1, 1)).relu()
+    for i in range(8):
+        y += h[:, i + 1 : i + 2].sqrt() * n.matrix[:, i]
+    return y
+
+
+def loop_over_both(n, f, g):
+    return torch.stack([sum(g[:, i] * n.matrix[k, i] for i in range(8)) for k in range(5)], 1)
+
+
+def loop_fused(n, f, g):
+    y = torch.zeros(len(g), 5)
+    for i in range(8):
+        y = torch.addcmul(y, g[:, i : i + 1].expand(-1, 5), n.matrix[:, i].expand(len(g), -1))
+    return y
+
+
+def loop_into_columns(n, f, g):
+    y = torch.zeros(len(g), 5)
+    for k in range(5):
+        for i in range(8):
+            y[:, k] += g[:, i] * n.matrix[k, i]
+    return y
+
+
+def loop_of_maxima(n, f, g):
+    y = torch.full((len(g), 5), -1e9)
+    for i in range(8):
+        y = torch.maximum(y, g[:, i : i + 1] * n.matrix[:, i])
+    return y
+
+
+def loop_over_shifts(n, f, g):
+    y, p = 0, F.pad(f, (1, 1, 1, 1))
+    for i in range(9):
+        y = y + p[:, :, i // 3 : i // 3 + 6, i % 3 : i % 3 + 6] * n.place[0, :, i // 3, i % 3, None, None]
+    return n.fc(y.mean((2, 3)))
+
+
+def loop_over_prototypes(n, f, g):
+    y = 0
+    for i in range(8):
+        y = y - (g[:, i : i + 1] - n.prototypes[:, i : i + 1].T).abs()
+    return y
+
+
+def filtered(spectrum):
+    return lambda n, f, g: n.fc(torch.fft.irfft2(torch.fft.rfft2(f) * spectrum(n), s=(6, 6)).relu().mean((2, 3)))
+
+
 SUMS = {
+    "sparse": (lambda n, f, g: torch.sparse.mm(n.matrix.to_sparse(), g.T).T, "mm"),
+    "sparse image": (lambda n, f, g: torch.sparse.mm(g.to_sparse(), n.matrix.T), "mm"),
+    "learned spectrum": (filtered(lambda n: n.spectrum), "irfft2"),
+    "learned spectrum, in parts": (filtered(lambda n: torch.view_as_complex(n.parts)), "irfft2"),
+    "spectrum of a learned kernel": (filtered(lambda n: torch.fft.rfft2(n.place[0])), "irfft2"),
+    "Kronecker product": (lambda n, f, g: torch.kron(g, n.matrix).view(len(g), 5, -1).sum(-1), "sum"),
+    "soft maximum": (lambda n, f, g: (g[:, None] * n.matrix).logsumexp(-1), "logsumexp"),
+    "largest": (lambda n, f, g: (g[:, None] * n.matrix).amax(-1), "amax"),
+    "largest and where": (lambda n, f, g: (g[:, None] * n.matrix).max(-1).values, "max"),
+    "largest sum": (lambda n, f, g: (g[:, None] + n.matrix).amax(-1), "amax"),
+    "largest distance": (lambda n, f, g: (g[:, None] - n.matrix).abs().amax(-1), "amax"),
+    "median": (lambda n, f, g: (g[:, None] * n.matrix).median(-1).values, "median"),
+    "product of all": (lambda n, f, g: (g[:, None] * n.matrix).prod(-1), "prod"),
+    "pooled over places": (lambda n, f, g: n.fc(F.max_pool2d(f * n.place, 6).flatten(1)), "max_pool2d"),
+    "loop over inputs": (loop_over_inputs, "add"),
+    "loop in place": (loop_in_place, "add"),
+    "loop over both": (loop_over_both, "add"),
+    "loop into columns": (loop_into_columns, "add"),
+    "loop of maxima": (loop_of_maxima, "maximum"),
+    "loop over shifts": (loop_over_shifts, "add"),
+    "loop over prototypes": (loop_over_prototypes, "sub"),
+    "sparse prototypes": (lambda n, f, g: torch.sparse.mm(n.prototypes.to_sparse(), g.T).T, "mm"),
+    "loop, fused": (loop_fused, "addcmul"),
+    "two channels": (lambda n, f, g: n.fc(g) + (g[:, :1] * n.scale[0] - g[:, 1:2] * n.scale[1]), "sub"),
+    "neighbours": (lambda n, f, g: n.fc((f * n.place + f.roll(1, -1) * n.place.roll(2, -1)).mean((2, 3))), "add"),
+    "neighbours, mixed": (lambda n, f, g: n.fc(torch.lerp(g, g.roll(1, 1), n.scale)), "lerp"),
+    "prototypes": (lambda n, f, g: g @ n.prototypes.T, "matmul"),
+    "prototypes, no buffer": (lambda n, f, g: F.linear(g, n.attribute), "linear"),
+    "prototypes' kernel": (lambda n, f, g: F.conv2d(f, n.prototypes[..., None, None]).mean((2, 3)), "conv2d"),
+    "prototypes' distances": (lambda n, f, g: -torch.cdist(g, n.prototypes), "cdist"),
+    "prototypes' cosine": (lambda n, f, g: 9 * F.cosine_similarity(g[:, None], n.prototypes, dim=-1), "cosine"),
+    "prototypes' product and sum": (lambda n, f, g: (g[:, None] * n.prototypes).sum(-1), "sum"),
+    "prototypes' nearest": (lambda n, f, g: -(g[:, None] - n.prototypes).abs().amax(-1), "amax"),
     "matmul": (lambda n, f, g: g @ n.matrix.T, "__matmul__|matmul"),
     "mm below Python": (lambda n, f, g: torch.ops.aten.mm(g, n.matrix.T), "mm"),
     "einsum": (lambda n, f, g: torch.einsum("bc,kc->bk", g, n.matrix), "einsum"),
@@ -106,6 +205,32 @@ def root_mean_square(n, x):
 
 
 ELEMENTWISE = {
+    "mask": lambda n, f, g: n.fc(g * n.mask),
+    "mean of what a mask leaves": lambda n, f, g: n.fc(g) + (g * n.mask).sum(1, keepdim=True) / n.mask.sum(),
+    "stored position": lambda n, f, g: n.fc((f + n.constant).relu().mean((2, 3))),
+    "stored statistics": lambda n, f, g: n.fc(((f - n.constant) / n.constant).mean((2, 3))),
+    "window": lambda n, f, g: n.fc((f * n.constant).mean((2, 3))),
+    "cosine transform between layers": lambda n, f, g: n.fc(g @ n.cosines),
+    "blur": lambda n, f, g: n.fc(F.conv2d(f, n.blur.expand(8, 1, 3, 3), groups=8).mean((2, 3))),
+    "blur of the outputs": lambda n, f, g: F.conv2d(f, n.blur.expand(8, 1, 3, 3), groups=8).mean((2, 3)),
+    "fixed spectrum": filtered(lambda n: n.blur[0, 0].expand(6, 4)),
+    "stored temperature": lambda n, f, g: n.fc(g) * n.constant[0, 0, 0, 0],
+    "rotated positions": lambda n, f, g: n.fc(
+        torch.cat([g[:, :4] * n.cosines[1, :4] - g[:, 4:] * n.cosines[2, :4], g[:, 4:]], 1)
+    ),
+    "scaled residual": lambda n, f, g: n.fc(g * n.scale + g * n.matrix[0] + g),
+    "weighted fusion": lambda n, f, g: n.fc(
+        (lambda w: w[0] * f + w[1] * F.avg_pool2d(f, 3, 1, 1) + w[2] * f.relu())(n.scale.softmax(0)).mean((2, 3))
+    ),
+    "largest of scaled maps": lambda n, f, g: n.fc((f * n.scale[:, None, None]).amax((2, 3))),
+    "soft maximum of scaled maps": lambda n, f, g: n.fc((f * n.scale[:, None, None]).logsumexp((2, 3))),
+    "largest of scaled maps, padded": lambda n, f, g: n.fc(
+        F.max_pool2d(F.pad(f * n.scale[:, None, None], (1, 1, 1, 1), value=float("-inf")), 3).amax((2, 3))
+    ),
+    "largest, with position": lambda n, f, g: n.fc(F.max_pool2d(f + n.place, 6).flatten(1)),
+    "channels' mean and largest beside the maps": lambda n, f, g: n.fc(
+        (lambda y: (y * (y.mean(1, keepdim=True) + y.amax(1, keepdim=True)).sigmoid()).mean((2, 3)))(n.norm(f))
+    ),
     "layer scale": lambda n, f, g: n.fc((f * n.scale[:, None, None]).mean((2, 3))),
     "batch norm": lambda n, f, g: n.fc(n.norm(f).relu().mean((2, 3))),
     "batch norm, activation in place": lambda n, f, g: n.fc(F.hardswish(n.norm(f), inplace=True).mean((2, 3))),

@@ -127,6 +127,117 @@ def test_probabilities_of_another_origin_are_refused():
             use(ensemble, images(1))
 
 
+class Heads(nn.Module):
+    """``end`` of features (B, 8, 10, 10), a map (B, 4, 10, 10) that a convolution makes of them, and two dense
+    layers' outputs (B, 4)."""
+
+    def __init__(self, end):
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv, self.map = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.a, self.b, self.norm = nn.Linear(8, 4), nn.Linear(8, 4), nn.BatchNorm1d(4)
+        nn.init.uniform_(self.norm.weight, 0.5, 2)
+        self.end = end
+
+    def forward(self, x):
+        f = self.conv(x).relu()
+        g = f.mean((2, 3))
+        return self.end(self, f, self.map(f), self.a(g), self.b(g))
+
+
+SQUASHED = {
+    "log-softmax, scaled": lambda n, f, m, a, b: 3 * a.log_softmax(1),
+    "per cent": lambda n, f, m, a, b: 100 * a.softmax(1),
+    "softmax of a softmax": lambda n, f, m, a, b: a.softmax(1).softmax(1),
+    "sigmoid of a log-softmax": lambda n, f, m, a, b: a.log_softmax(1).sigmoid(),
+    "heads, side by side": lambda n, f, m, a, b: torch.cat([a.softmax(1), b.log_softmax(1)], 1),
+    "hierarchy": lambda n, f, m, a, b: 9 * (a[:, :2].softmax(1)[..., None] * b.view(-1, 2, 2).softmax(2)).flatten(1),
+    "over images": lambda n, f, m, a, b: a.softmax(0),
+    "over one value": lambda n, f, m, a, b: a[:, :1].softmax(1),
+    "sigmoid, scaled": lambda n, f, m, a, b: 5 * a.sigmoid(),
+    "one sigmoid, shifted": lambda n, f, m, a, b: 2 * a[:, :1].sigmoid() - 1,
+    "hard sigmoid": lambda n, f, m, a, b: F.hardsigmoid(a),
+    "any position": lambda n, f, m, a, b: 1 - (1 - m.sigmoid()).flatten(2).prod(-1),
+    "clamped": lambda n, f, m, a, b: a.softmax(1).clamp(0.2, 0.3),
+    "logarithm of more": lambda n, f, m, a, b: a.softmax(1).add(0.1).log(),
+    "after batch norm": lambda n, f, m, a, b: 2 * n.norm(a).softmax(1),
+    "two networks": lambda n, f, m, a, b: a.softmax(1) + b.softmax(1),
+    "mean of a map": lambda n, f, m, a, b: 10 * m.softmax(1).mean((2, 3)),
+    "softmin": lambda n, f, m, a, b: 10 * F.softmin(a, 1),
+    "times confidence": lambda n, f, m, a, b: a.softmax(1) * b[:, :1],
+    "into a tensor": lambda n, f, m, a, b: torch.zeros_like(a).copy_(a.softmax(1)).mul_(7),
+    "kept where large": lambda n, f, m, a, b: (lambda p: torch.where(p > 0.25, p, 0.0))(a.softmax(1)),
+    "written out": lambda n, f, m, a, b: 100 * a.exp() / a.exp().sum(1, keepdim=True),
+    "logarithm, written out": lambda n, f, m, a, b: 3 * (a - a.logsumexp(1, keepdim=True)),
+    "kept from overflow": lambda n, f, m, a, b: (a - a.max(1, keepdim=True).values).softmax(1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", SQUASHED)
+def test_what_is_made_of_a_softmax_or_sigmoid_is_refused(end):
+    model, x = Heads(SQUASHED[end]).eval(), images()
+    settings = {"patch": 4, "steps": 2}
+    for use in (as_logits, canonical, lambda model, x: pb.degradation(model, x, {}, **settings)):
+        with pytest.raises(
+            UserError, match=r"^model=Heads puts out .*(softmax|sigmoid).*model.output=NAME; from Python pb.Logits"
+        ):
+            use(model, x)
+
+
+LOGITS = {
+    "centred": lambda n, f, m, a, b: b[:, :1] + a - a.mean(1, keepdim=True),
+    "batch norm": lambda n, f, m, a, b: n.norm(a),
+    "normalised": lambda n, f, m, a, b: 10 * F.normalize(a),
+    "layer norm": lambda n, f, m, a, b: F.layer_norm(100 * a, (4,)),
+    "instance norm": lambda n, f, m, a, b: F.instance_norm(m).amax((2, 3)),
+    "rectified": lambda n, f, m, a, b: a.relu(),
+    "kept small": lambda n, f, m, a, b: 30 * (a / 30).tanh(),
+    "gate": lambda n, f, m, a, b: a * b.sigmoid(),
+    "gate of itself": lambda n, f, m, a, b: a * a.sigmoid(),
+    "gate in place, of a part": lambda n, f, m, a, b: (
+        lambda y: (y[:, :4].sigmoid_(), y[:, :4] * y[:, 4:])[1]
+    )(torch.cat([a, b], 1)),
+    "squeeze and excitation": lambda n, f, m, a, b: (m * a.sigmoid()[..., None, None]).mean((2, 3)),
+    "mixture of experts": lambda n, f, m, a, b: (
+        n.a(f.amax((2, 3))).softmax(1)[..., None] * torch.stack([a, b, -a, -b], 1)
+    ).sum(1),
+    "attention over positions": lambda n, f, m, a, b: (m.flatten(2) * m[:, :1].flatten(2).softmax(-1)).sum(-1),
+    "attention of each class": lambda n, f, m, a, b: (m.flatten(2) * m.flatten(2).softmax(-1)).sum(-1),
+    "soft maximum of a map": lambda n, f, m, a, b: m.flatten(2).logsumexp(-1),
+    "expected position": lambda n, f, m, a, b: m.flatten(2).softmax(-1) @ torch.linspace(0, 1, 100),
+    "expected position, written out": lambda n, f, m, a, b: (
+        lambda e: e / e.sum(-1, keepdim=True) @ torch.linspace(0, 1, 100)
+    )(m.flatten(2).exp()),
+    "expected value": lambda n, f, m, a, b: a.softmax(1) @ torch.arange(4.0)[:, None],
+    "classes left out": lambda n, f, m, a, b: a + torch.tensor([0, -1e9, 0, 0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", LOGITS)
+def test_other_softmaxes_and_sigmoids_are_part_of_the_network(end):
+    model, x = Heads(LOGITS[end]).eval(), images()
+    assert as_logits(model, x[:1]) is model
+    torch.testing.assert_close(canonical(model, x[:1])(x), model(x).detach())
+
+
+def test_a_function_undoes_what_follows_a_softmax():
+    x, expected = images(), Heads(lambda n, f, m, a, b: a).eval()(images()).detach()
+    for end, undo in (
+        (lambda n, f, m, a, b: 100 * a.softmax(1), lambda y: y / 100),
+        (lambda n, f, m, a, b: 3 * a.log_softmax(1), lambda y: y / 3),
+        (lambda n, f, m, a, b: {"p": a.softmax(1).add(0.1)}, lambda y: y["p"] - 0.1),
+        (lambda n, f, m, a, b: a, lambda y: y.softmax(1)),
+        (lambda n, f, m, a, b: a.log_softmax(1), lambda y: y.softmax(1)),
+        (lambda n, f, m, a, b: a.softmax(1), lambda y: y.log()),
+    ):
+        model = pb.Logits(Heads(end).eval(), undo)
+        torch.testing.assert_close(as_logits(model, x[:1])(x), expected)
+        torch.testing.assert_close(canonical(model, x[:1])(x), expected)
+        assert next(iter(pb.collect_moments(model, [x], gram=False))) == "conv"
+    with pytest.raises(UserError, match="model=Heads puts out what is left of its logits after a softmax"):
+        canonical(pb.Logits(Heads(lambda n, f, m, a, b: a).eval(), lambda y: 2 * y.softmax(1)), x)
+
+
 Named = namedtuple("Named", "logits aux_logits")
 
 
@@ -206,10 +317,17 @@ def test_a_network_that_is_one_layer():
     assert list(pb.collect_moments(layer, [x])) == [""]
 
 
-def test_lazy_layers_have_no_weights_to_examine():
+def test_lazy_layers_have_no_weights_to_examine(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.LazyLinear(5)).eval()
     with pytest.raises(UserError, match="module 1 has no weights before it meets its first input"):
         canonical(model, images(1))
+    for use in (
+        lambda: pb.degradation(model, images(), {}, patch=4, steps=2),
+        lambda: pb.draw_gallery(model, images(), {}, tmp_path / "gallery.png"),
+    ):
+        with pytest.raises(UserError, match="module 1 has no weights before it meets its first input"):
+            use()
+    assert isinstance(model[1], nn.LazyLinear)
     model(images(1))
     assert list(pb.collect_moments(model, [images()])) == ["1"]
 

@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from pattern_bench.core.half_precision import copied, images_for, widen_
 from pattern_bench.core.layers import LAYER_TYPES, Layer, PaddedConv2d, convolved, geometry_of
-from pattern_bench.core.learned import CONSTANT, LearnedWeights
-from pattern_bench.core.network import refuse_training, unwrapped, without_weights
+from pattern_bench.core.learned import IMAGE, LEARNED, LearnedWeights
+from pattern_bench.core.network import refuse_training, refuse_without_weights, unwrapped
 from pattern_bench.core.outputs import as_logits
 from pattern_bench.core.precision import float32_products
 from pattern_bench.errors import UserError
@@ -154,11 +154,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
             f"model={name}: module {scripted[0] or 'the network itself'} is compiled by TorchScript, which hides its "
             "layers: give the Python module it was made from"
         )
-    if lazy := without_weights(model):
-        raise UserError(
-            f"model={name}: module {lazy} has no weights before it meets its first input, and those would be "
-            "random: run the network on an image once, and train it or load its weights"
-        )
+    refuse_without_weights(model)
     network = copied(model)
     for module in list(network.modules()):
         network = _replaced(network, module, unwrapped(module))
@@ -313,7 +309,7 @@ class _Walk(TorchFunctionMode):
     def __init__(self, network: nn.Module, image: Tensor, model: str) -> None:
         super().__init__()
         self.model, self.function = model, ""
-        self.learned = LearnedWeights(network.parameters(), image, self.in_layer, self.refusal)
+        self.learned = LearnedWeights(network, image, self.in_layer, self.refusal)
         self.running: list[tuple[str, nn.Module]] = []
         self.calls: Counter[nn.Module] = Counter()
         self.readers: Counter[int] = Counter()
@@ -324,7 +320,7 @@ class _Walk(TorchFunctionMode):
         operands = list(_tensors((args, kwargs)))
         self.function = _name(func)
         kernel = operands[1:2] if self.function in _CONVOLUTIONS and not self.in_layer() else []
-        if any(self.learned.kind(t) != CONSTANT for t in kernel):  # also one that was made of the image
+        if any(self.learned.kind(t) in (LEARNED, IMAGE) for t in kernel):  # also one that was made of the image
             raise self.refusal(self.function)
         output = func(*args, **(kwargs or {}))
         self.function = ""
@@ -369,7 +365,7 @@ def _foldable(network: nn.Module, example: Tensor, model: str) -> list[tuple[Any
             handles.append(module.register_forward_hook(walk.leave, always_call=True))
         try:
             with walk, walk.learned:
-                network(image * 1)  # not a leaf, which the network could not change in place
+                outputs = network(image * 1)  # not a leaf, which the network could not change in place
         except RuntimeError as error:
             raise UserError(
                 f"model={model} cannot be run with gradients ({str(error).splitlines()[0]}), which explanations need: "
@@ -378,7 +374,7 @@ def _foldable(network: nn.Module, example: Tensor, model: str) -> list[tuple[Any
         finally:
             for handle in handles:
                 handle.remove()
-        walk.learned.check()
+        walk.learned.check(_tensors(outputs))
     network.requires_grad_(False)
     pairs = []
     for norm, x in walk.norms:

@@ -47,6 +47,18 @@ def refuse_training(model: nn.Module) -> None:
         )
 
 
+def refuse_without_weights(model: nn.Module) -> None:
+    """
+    Raises:
+        UserError: where a module has no weights before it meets its first input.
+    """
+    if lazy := without_weights(model):
+        raise UserError(
+            f"model={type(model).__name__}: module {lazy} has no weights before it meets its first input, and those "
+            "would be random: run the network on an image once, and train it or load its weights"
+        )
+
+
 def layers_in_order(model: nn.Module, example: Tensor) -> list[str]:
     """Names of the Conv and Linear layers in the order in which a forward pass of ``example`` first calls them."""
     order: list[str] = []

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from pattern_bench.core.given import unusable, whole_numbers
 from pattern_bench.core.network import first_not_finite, refuse_training, unwrapped
+from pattern_bench.core.squashing import Squashing, squashed_by
 from pattern_bench.errors import UserError, told
 
 Output = str | int | Callable[[Any], Tensor] | None
@@ -25,6 +26,13 @@ Output = str | int | Callable[[Any], Tensor] | None
 
 _SOFTMAX = ("softmax", "log_softmax")
 _SIGMOID = ("sigmoid", "sigmoid_", "logsigmoid", "log_sigmoid", "expit", "special_expit")
+
+
+_REMEDY = (
+    "explanations start from logits, so hand over a network that puts them out, or say which of its outputs they are "
+    "(model.output=NAME; from Python pb.Logits(model, NAME), or a function that undoes what follows a last softmax, as "
+    "pb.Logits(model, lambda y: y / 100))"
+)
 
 
 # --- probabilities ---
@@ -121,15 +129,16 @@ class _Call:
     x: Tensor
     dim: int | None
 
-    def gives(self, y: Tensor) -> bool:
-        """Whether the outputs ``y`` (B, K) are this, or its logarithm, perhaps in another shape."""
+    def gives(self, y: Tensor, in_softmax: bool = False) -> bool:
+        """Whether the outputs ``y`` (B, K) are this, or its logarithm, perhaps in another shape. Where a softmax of
+        them was taken, only a log-softmax is as good as what went into it."""
         x = self.x
         if x.numel() != y.numel() or x.dtype != y.dtype:
             return False
         if self.dim is None:
-            candidates = (x.sigmoid(), nn.functional.logsigmoid(x))
+            candidates = [] if in_softmax else [x.sigmoid(), nn.functional.logsigmoid(x)]
         elif x.shape[self.dim] == y.shape[1] > 1:
-            candidates = (x.softmax(self.dim), x.log_softmax(self.dim))
+            candidates = [x.log_softmax(self.dim)] if in_softmax else [x.softmax(self.dim), x.log_softmax(self.dim)]
         else:
             return False
         close = 64 * torch.finfo(y.dtype).eps
@@ -207,11 +216,14 @@ class Logits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._last is None:
-            found = selected(self._network(x), self._output, type(self._network).__name__)
+            found = self._selected(x)
             return found[:, None] if found.ndim == 1 else found
         with _Calls(self._last) as calls:
-            self._network(x)
+            self._selected(x)  # whose function may take a softmax, too
         return calls.calls[0].x.reshape(len(x), -1)
+
+    def _selected(self, x: Tensor) -> Tensor:
+        return selected(self._network(x), self._output, type(self._network).__name__)
 
     def train(self, mode: bool = True) -> Logits:
         super().train(mode)
@@ -238,15 +250,15 @@ def as_logits(model: nn.Module, example: Tensor, output: Output = None) -> nn.Mo
         output: as of :class:`Logits`.
 
     Raises:
-        UserError: where the network is in training mode; where it puts out several tensors and none is named, or
-            probabilities that no softmax or sigmoid made.
+        UserError: where the network is in training mode; where it puts out several tensors and none is named,
+            probabilities that no softmax or sigmoid made, or what was made of the probabilities of one.
     """
     refuse_training(model)
     plain_model, model = model, unwrapped(model)
-    name = type(model).__name__
-    with torch.no_grad(), _Calls() as calls:
+    name = type(model._network if isinstance(model, Logits) else model).__name__
+    with torch.no_grad(), Squashing(model, example) as seen, _Calls() as calls:
         whole = model(example)
-    y = selected(whole, output, name)
+        y = selected(whole, output, name)
     plain = y is whole
     if not y.is_floating_point():
         raise UserError(
@@ -259,17 +271,30 @@ def as_logits(model: nn.Module, example: Tensor, output: Output = None) -> nn.Mo
         y, plain = y[:, None], False
     if y.ndim != 2 or len(y) != len(example):
         return plain_model if plain else Logits(model, output)
+    found: nn.Module = plain_model if plain else Logits(model, output)
+    past, stripped = seen.past(y), False
     for number, call in reversed(list(enumerate(calls.calls))):
-        if call.gives(y):
-            found = Logits(model, output)
+        if call.gives(y, in_softmax=stripped):
+            found, stripped = Logits(model, output), True
             found._last, found._independent = number, call.dim is None
-            return found
-    if _are_probabilities(y):
+            y, past = call.x.reshape(y.shape), seen.past(call.x)
+            if found._independent:
+                break
+    if not stripped and _are_probabilities(y):
         raise UserError(
-            f"model={name} puts out probabilities that no softmax of its own made as a last step: explanations start "
-            "from logits, so hand over a network that puts them out"
+            f"model={name} puts out probabilities that no softmax of its own made as a last step: {_REMEDY}"
         )
-    return plain_model if plain else Logits(model, output)
+
+    def again() -> Tensor:
+        with torch.no_grad():
+            outputs: Tensor = found(example)
+            return outputs.reshape(y.shape)
+
+    if squashed := squashed_by(seen, past, y, again):
+        raise UserError(
+            f"model={name} puts out what is left of its logits after {squashed} and what follows it: {_REMEDY}"
+        )
+    return found
 
 
 def _are_probabilities(y: Tensor) -> bool:
