@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torchvision import models
 
+from pattern_bench.core.canonical import canonical
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.degradation import degraded, grid_of, random_ranks
 from pattern_bench.core.estimators import Filter, Linear, Pattern, Random, TwoRegimes
@@ -47,8 +48,9 @@ FORWARD, POSITIONS = "forward", 0.1
 
 
 def networks(weights: str | None, images: str | None, batch: int, device: str) -> dict[str, tuple[nn.Module, Tensor]]:
-    """VGG-16's conv layers on 224×224 pixels (with a classifier of one pooled output for attribution and
-    degradation), and the small VGG on 8×8."""
+    """VGG-16's conv layers on 224×224 pixels (with a classifier of one pooled output for attribution and degradation),
+    the small VGG on 8×8, and on 224×224 two networks of small patches, whose sums are taken in float64: SqueezeNet 1.1
+    and, with depthwise layers, MobileNetV2, of random weights."""
     vgg = models.vgg16(weights=None).features
     if weights is not None:
         state = {key.removeprefix("features."): t for key, t in read_weights(weights).items() if "features." in key}
@@ -71,6 +73,8 @@ def networks(weights: str | None, images: str | None, batch: int, device: str) -
         pool, transform = FolderPool(images, "--images"), photograph_transform(224)
         photographs = torch.stack([transform(pool.image(i)) for i in range(batch)])
     named = {"vgg16 conv layers": (vgg, photographs), "small_vgg": (small, digits)}
+    for make in (models.squeezenet1_1, models.mobilenet_v2):
+        named[make.__name__] = canonical(make(weights=None).eval(), photographs[:1]), photographs
     return {k: (m.eval().requires_grad_(False).to(device), x.to(device)) for k, (m, x) in named.items()}
 
 
@@ -123,6 +127,12 @@ def rows(model: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
     ranks = random_ranks(len(x), grid_of(x.shape[2:], 2), torch.Generator().manual_seed(0)).to(x.device)
     steps = degraded(x, ranks, 2, ranks[0].numel())
     gradient, attribution = Gradient(model), PatternAttribution(model, filters)
+    unfolded = {
+        "patterns, unfolding": lambda: unfolding(model, layers, x, False),
+        "everything for rho, unfolding": lambda: unfolding(model, layers, x, True),
+    }
+    if any(getattr(model.get_submodule(name), "groups", 1) > 1 for name in layers):
+        unfolded = {}  # not as one would write it first
     return {
         FORWARD: lambda: model(x),
         "forward, channels last": lambda: model(fast),
@@ -130,8 +140,7 @@ def rows(model: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
         "everything that exact rho needs": collecting_row(True),
         f"patterns, {POSITIONS:.0%} of positions": collecting_row(False, positions=POSITIONS),
         f"everything for rho, {POSITIONS:.0%} of positions": collecting_row(True, positions=POSITIONS),
-        "patterns, unfolding": lambda: unfolding(model, layers, x, False),
-        "everything for rho, unfolding": lambda: unfolding(model, layers, x, True),
+        **unfolded,
         "forward and backward": lambda: gradient.attribute(x),
         "PatternAttribution": lambda: attribution.attribute(x),
         "a degraded image": lambda: model(next(steps)),
