@@ -120,10 +120,12 @@ def rows(model: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
 
         return run
 
-    filters = {
-        name: Pattern(w := model.get_submodule(name).weight, w, torch.zeros(len(w), dtype=torch.bool))  # type: ignore
-        for name in layers
-    }
+    filters = {}
+    for name in layers:
+        weight: Any = model.get_submodule(name).weight
+        # S_w: with patterns of other lengths relevance shrinks to numbers that processors are slow with.
+        pattern = weight / weight.flatten(1).square().sum(1).view(-1, *[1] * (weight.ndim - 1))
+        filters[name] = Pattern(pattern, pattern, torch.zeros(len(weight), dtype=torch.bool))
     ranks = random_ranks(len(x), grid_of(x.shape[2:], 2), torch.Generator().manual_seed(0)).to(x.device)
     steps = degraded(x, ranks, 2, ranks[0].numel())
     gradient, attribution = Gradient(model), PatternAttribution(model, filters)

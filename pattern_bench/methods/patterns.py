@@ -33,8 +33,9 @@ _UNSUPPORTED = (
 
 
 HEADROOM = 90
-"""The way back starts so many powers of two below 1. What is propagated grows with every layer, by 10^22 in SqueezeNet
-and beyond float32 in ResNets; a power of two is undone without rounding."""
+"""Where what is propagated outgrows float32 (it grows with every layer, by 10^22 in SqueezeNet and more in ResNets), the
+way back starts again so many powers of two below 1, which is undone without rounding. Not at once: what does not grow
+would sink to numbers that processors are twenty times slower with."""
 
 
 class _Layerwise(Method):
@@ -73,17 +74,30 @@ class _Layerwise(Method):
         """Goes back from the target's output, or from 1, to the input."""
         weights = {name: None if weight is None else weight.to(x.device) for name, weight in self.weights.items()}
         x.requires_grad_()
-        with replaced_weights(self.model, weights, self.conserving):
-            output = self._output(x, target)
-            if last_layer == "weight":
-                own_weight_in_output_layers(output)
-            if not from_output:
-                return self._gradient(output, x)
-            mantissa, exponent = torch.frexp(output.detach())
-            found = self._gradient(output, x, torch.ldexp(mantissa, torch.tensor(-HEADROOM)))
-        whole = torch.ldexp(found, (exponent + HEADROOM).view(-1, *[1] * (x.ndim - 1)))
+
+        def along(image: Tensor) -> Tensor:
+            return image.view(-1, *[1] * (x.ndim - 1))
+
+        def back(headroom: int) -> tuple[Tensor, Tensor]:
+            """What is propagated, and the power of two that it is too small by for each image."""
+            with replaced_weights(self.model, weights, self.conserving):
+                output = self._output(x, target)
+                if last_layer == "weight":
+                    own_weight_in_output_layers(output)
+                if not from_output:
+                    return self._gradient(output, x), torch.zeros(len(x), dtype=torch.int32, device=x.device)
+                mantissa, exponent = torch.frexp(output.detach())
+                start = torch.ldexp(mantissa, torch.tensor(-headroom))
+                return self._gradient(output, x, start), exponent + headroom
+
+        found, smaller = back(0)
+        outgrown = ~found.flatten(1).isfinite().all(1)
+        if from_output and outgrown.any():
+            lower, lower_by = back(HEADROOM)
+            found, smaller = torch.where(along(outgrown), lower, found), torch.where(outgrown, lower_by, smaller)
+        whole = torch.ldexp(found, along(smaller))
         fits = whole.flatten(1).isfinite().all(1)
-        return torch.where(fits.view(-1, *[1] * (x.ndim - 1)), whole, found)
+        return torch.where(along(fits), whole, found)
 
 
 class _PatternMethod(_Layerwise):
