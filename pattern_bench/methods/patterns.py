@@ -33,9 +33,9 @@ _UNSUPPORTED = (
 
 
 HEADROOM = 90
-"""Where what is propagated outgrows float32 (it grows with every layer, by 10^22 in SqueezeNet and more in ResNets), the
-way back starts again so many powers of two below 1, which is undone without rounding. Not at once: what does not grow
-would sink to numbers that processors are twenty times slower with."""
+"""Where what is propagated outgrows float32 (it grows with every layer, by 10^22 in SqueezeNet and more in ResNets),
+the way back starts again so many powers of two below 1, which is undone without rounding. Not at once: what does not
+grow would sink to numbers that processors are twenty times slower with."""
 
 
 class _Layerwise(Method):
