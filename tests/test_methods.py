@@ -753,6 +753,15 @@ def test_out_of_memory_is_not_mistaken_for_a_wrong_size():
         Gradient(Full().eval()).attribute(images(2))
 
 
+def test_what_is_far_below_the_output_is_not_lost():
+    """As float32 holds it, down to 10^-30 of the output."""
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.data = torch.tensor([[1.0, 1e-15]])
+    pattern = Pattern(layer.weight.data, layer.weight.data, torch.tensor([False]))
+    found = PatternAttribution(layer.eval(), {"": pattern}).attribute(torch.tensor([[3.0, 2.0]]), torch.tensor([0]))
+    torch.testing.assert_close(found, torch.tensor([[3.0, 3e-30]]), rtol=1e-6, atol=0)
+
+
 def test_what_outgrows_float32_is_scaled_and_the_rest_is_not():
     """Patterns of 5e4 in ten layers: 1e45. The direction is float64's; an image that fits is not touched."""
     torch.manual_seed(0)
