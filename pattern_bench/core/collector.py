@@ -257,14 +257,16 @@ class Collector:
             self.finite &= torch.isfinite(x).all()
             fired = gate.flatten(2).sum(2).sum(0, dtype=torch.float64) if y.ndim > 2 else gate.sum(0)
             fired = scale * fired
-            often = (fired > OFTEN * count).nonzero().squeeze(1)
+            nearly_always = fired > OFTEN * count
+            often = nearly_always.nonzero().squeeze(1)
+            turned = nearly_always.to(gate.dtype).view(-1, *[1] * (gate.ndim - 2))
             if len(often):
-                gate[:, often] = 1 - gate[:, often]
+                gate.ne_(turned)  # open where those rest
             sums = self._wide(cross(gate), self.xg)
             if len(often):
                 sums[often] = x[often // (len(fired) // self.groups)] - sums[often]
                 if exact:
-                    gate[:, often] = 1 - gate[:, often]
+                    gate.ne_(turned)
             if self.direct is None:
                 self.direct = often if self.groups == 1 or not len(often) else torch.arange(len(fired)).to(often)
                 self.x_rested = self.xg.new_zeros(len(self.direct), self.xg.shape[1])
