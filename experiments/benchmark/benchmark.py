@@ -129,12 +129,12 @@ def rows(model: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
     ranks = random_ranks(len(x), grid_of(x.shape[2:], 2), torch.Generator().manual_seed(0)).to(x.device)
     steps = degraded(x, ranks, 2, ranks[0].numel())
     gradient, attribution = Gradient(model), PatternAttribution(model, filters)
-    unfolded = {
-        "patterns, unfolding": lambda: unfolding(model, layers, x, False),
-        "everything for rho, unfolding": lambda: unfolding(model, layers, x, True),
-    }
-    if any(getattr(model.get_submodule(name), "groups", 1) > 1 for name in layers):
-        unfolded = {}  # not as one would write it first
+    unfolded: dict[str, Callable[[], object]] = {}
+    if all(getattr(model.get_submodule(name), "groups", 1) == 1 for name in layers):  # as `unfolding` takes them
+        unfolded = {
+            "patterns, unfolding": lambda: unfolding(model, layers, x, False),
+            "everything for rho, unfolding": lambda: unfolding(model, layers, x, True),
+        }
     return {
         FORWARD: lambda: model(x),
         "forward, channels last": lambda: model(fast),

@@ -17,8 +17,8 @@ from torch import Tensor
 from pattern_bench.core.layers import Geometry, Scratch, cross_sum
 
 SMALL_PATCH = 128
-"""Patches of at most so many values are unfolded, and their products taken in float64: that costs no more than the
-bookkeeping of anything else, and filters of a depthwise layer take differences that float32 leaves few digits of."""
+"""Patches of at most so many values are unfolded, and their products taken in float64: filters of a depthwise layer
+take differences that float32 leaves few digits of. What that costs: ``experiments/benchmark``."""
 
 
 def is_small(size: int) -> bool:
