@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pattern_bench.results import of_same_neurons
+from pattern_bench.results.schema import of_same_neurons
 
 K = TypeVar("K", bound=Hashable)
 

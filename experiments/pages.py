@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pattern_bench.results import from_cell, in_cells
+from pattern_bench.results.schema import from_cell, in_cells
 
 
 def write_block(page: Path, name: str, text: str) -> None:

@@ -1,5 +1,6 @@
 """pattern_bench: tells which explanation of a neural network to believe. ``import pattern_bench as pb``."""
 
+import importlib
 from typing import Any
 
 # Loaded when asked for; in the order of their use.
@@ -15,6 +16,9 @@ __all__ = [
     "load_patterns",
 ]
 
+_MOVED = {module: f"pattern_bench.commands.{module}" for module in ("resume_hint", "sweep_table")}
+"""Modules that configurations of earlier versions name, by ``hydra.callbacks``."""
+
 
 def __getattr__(name: str) -> Any:
     # The command line must answer --help without importing torch.
@@ -22,4 +26,6 @@ def __getattr__(name: str) -> Any:
         from pattern_bench import api
 
         return getattr(api, name)
+    if name in _MOVED:
+        return importlib.import_module(_MOVED[name])
     raise AttributeError(f"module 'pattern_bench' has no attribute {name!r}")

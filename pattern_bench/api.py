@@ -20,12 +20,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pattern_bench.core import belonging, estimators
-from pattern_bench.core import degradation as core_degradation
+from pattern_bench.core import estimators, weight_digests
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Estimator, Pattern
-from pattern_bench.core.given import unusable
 from pattern_bench.core.half_precision import images_for, is_wide, own_precision, wide, widened
 from pattern_bench.core.layers import Scratch
 from pattern_bench.core.memory import is_out_of_memory
@@ -39,13 +37,15 @@ from pattern_bench.core.network import (
 )
 from pattern_bench.core.outputs import Logits as Logits
 from pattern_bench.core.outputs import answer, as_logits, spoilt, targets
-from pattern_bench.core.precision import float32_products
-from pattern_bench.core.quality import CLOSED_FORM, Probe, Target, rho
-from pattern_bench.core.unchanged import Remembered
+from pattern_bench.core.probe_closed_form import CLOSED_FORM, Probe, Target, rho
+from pattern_bench.core.rounding import float32_products
+from pattern_bench.core.snapshot import Remembered
+from pattern_bench.core.tensor_checks import unusable
 from pattern_bench.errors import UserError, did_you_mean, told
-from pattern_bench.files import Damaged, read_tensors, write_tensors
 from pattern_bench.methods import patterns as pattern_methods
 from pattern_bench.methods.base import Method
+from pattern_bench.metrics import degradation as core_degradation
+from pattern_bench.storage.tensor_files import Damaged, read_tensors, write_tensors
 
 RANDOM_ORDER = "random_order"
 ESTIMATORS: dict[str, type[Estimator]] = {
@@ -351,7 +351,7 @@ def collect_moments(
                     for name in select_layers(names, wanted):
                         layer: Any = network.get_submodule(name)
                         collectors[name] = Collector(layer, gram, memory, positions, seed, scratch)
-                    belongs_to = belonging.belongs_to(model, example, collectors)
+                    belongs_to = weight_digests.belongs_to(model, example, collectors)
                 images = images_for(network, images)
                 with collecting(network, collectors):
                     network(images)
@@ -399,7 +399,7 @@ class Patterns(Mapping[str, Pattern]):
             for part in ("positive", "negative", "dead")
         }
         with _writing(file):
-            write_tensors(path, tensors, {"estimator": self.estimator, **belonging.metadata(self.belongs_to)})
+            write_tensors(path, tensors, {"estimator": self.estimator, **weight_digests.metadata(self.belongs_to)})
 
 
 @float32_products()
@@ -439,7 +439,7 @@ def fit_patterns(
         pattern = estimator.fit(flat, sums, torch.Generator().manual_seed(seed + place))
         # In float64: what is left of x - a u, where u is large, is as small as a is exact.
         found[name] = Pattern(pattern.positive.view_as(weight), pattern.negative.view_as(weight), pattern.dead)
-    belongs_to = moments.belongs_to or belonging.belongs_to(model, moments.example, moments)
+    belongs_to = moments.belongs_to or weight_digests.belongs_to(model, moments.example, moments)
     return Patterns(found, estimator.name, belongs_to)
 
 
@@ -449,7 +449,7 @@ def _check_moments(model: nn.Module, network: nn.Module, given: Mapping[str, Lay
         UserError: naming argument and layer, where moments do not belong to the model, whose canonical form is
             ``network``, or are not finite.
     """
-    now = belonging.digests(model) if any(moments.belongs_to for moments in given.values()) else {}
+    now = weight_digests.digests(model) if any(moments.belongs_to for moments in given.values()) else {}
     for argument, moments in given.items():
         for name, sums in moments.items():
             layer = dict(network.named_modules()).get(name)
@@ -463,7 +463,7 @@ def _check_moments(model: nn.Module, network: nn.Module, given: Mapping[str, Lay
                 )
             if not all(tensor.sum().isfinite() for tensor in sums.tensors().values()):
                 raise UserError(f"{argument}: the moments of layer {name} hold NaN or Inf: collect them again")
-        if moments.belongs_to and (what := belonging.difference(moments.belongs_to, now)):
+        if moments.belongs_to and (what := weight_digests.difference(moments.belongs_to, now)):
             raise UserError(
                 f"{argument}: {what} than when the moments were collected: collect them again, or give the network of "
                 "then"
@@ -522,10 +522,10 @@ def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
         found[name] = Pattern(*(part.to(weight.device) for part in (positive, negative, dead)))
     if not found:
         raise UserError(f"file={file} holds no patterns: S_x, for one, has none")
-    belongs_to = belonging.from_metadata(metadata)
+    belongs_to = weight_digests.from_metadata(metadata)
     if not belongs_to:
         log.warning("%s does not tell all weights that its patterns were fitted on, so others may go unnoticed", file)
-    elif what := belonging.difference(belongs_to, belonging.digests(model)):
+    elif what := weight_digests.difference(belongs_to, weight_digests.digests(model)):
         raise _other(file, what)
     return Patterns(found, metadata.get("estimator", "unknown"), belongs_to)
 
@@ -583,7 +583,7 @@ def evaluate(
     network, values = canonical_form(model, probe.example), {}
     _check_moments(model, network, {"probe": probe, "test": test})
     belongs_to = patterns.belongs_to if isinstance(patterns, Patterns) else {}
-    if belongs_to and (what := belonging.difference(belongs_to, belonging.digests(model))):
+    if belongs_to and (what := weight_digests.difference(belongs_to, weight_digests.digests(model))):
         raise UserError(f"patterns: {what} than when they were fitted: fit them again, or give the network of then")
     for name, pattern in patterns.items():
         for setting, moments in (("probe", probe), ("test", test)):
@@ -808,7 +808,7 @@ def draw_gallery(
     """
     _check_methods(methods)
     path = _file_to_write(file)
-    from pattern_bench.figures import draw_explanations, suffixes
+    from pattern_bench.plotting.figures import draw_explanations, suffixes
 
     if path.suffix.lower() not in suffixes():
         raise UserError(f"file={file} has no suffix of a picture: give one of {', '.join(suffixes())}")

@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from pattern_bench.__main__ import CONF
+from pattern_bench.configuration.location import CONF
 
 os.environ["WANDB_MODE"] = "offline"
 
@@ -50,7 +50,7 @@ def configure(cache_dir):
 @pytest.fixture
 def run_job(configure, tmp_path):
     """Runs the job in this process; returns its folder."""
-    from pattern_bench.job import run
+    from pattern_bench.pipeline.job import run
 
     counter = itertools.count()
 

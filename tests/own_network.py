@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pattern_bench import ranks
 from pattern_bench.errors import UserError
+from pattern_bench.processes import collectives
 
 
 class Residual(nn.Module):
@@ -31,7 +31,7 @@ class Faulty(Residual):
 
     def __init__(self, fails_in=-1, how="user"):
         super().__init__()
-        if ranks.rank() == fails_in:
+        if collectives.rank() == fails_in:
             if how == "user":
                 raise UserError("arguments.fails_in is this very process: give another")
             raise ZeroDivisionError("a bug in one process")

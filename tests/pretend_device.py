@@ -250,7 +250,7 @@ def _new_parameters() -> Iterator[None]:
 
 def run_there(cfg: Any, folder: Any) -> None:
     """The job on the device, in a process that is started for it."""
-    from pattern_bench.job import run
+    from pattern_bench.pipeline.job import run
 
     with pretending():
         run(cfg, folder)

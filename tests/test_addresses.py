@@ -6,11 +6,11 @@ import tarfile
 import pytest
 from PIL import Image
 
-from pattern_bench.__main__ import arguments
+from pattern_bench.commands.entry import arguments
 from pattern_bench.data.folder import FolderPool
 from pattern_bench.data.remote import describe, find
 from pattern_bench.errors import UserError
-from pattern_bench.models.source import read_weights
+from pattern_bench.models.base import read_weights
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from torch import nn
 
 import pattern_bench as pb
 from pattern_bench.api import LayerMoments
-from pattern_bench.core import belonging
+from pattern_bench.core import weight_digests
 from pattern_bench.errors import UserError
-from pattern_bench.files import read_tensors, write_tensors
+from pattern_bench.storage.tensor_files import read_tensors, write_tensors
 
 
 def network():
@@ -145,7 +145,9 @@ def test_computed_weights_count_as_their_layers(make, tmp_path):
     model = make().eval()
     pb.fit_patterns(model, pb.collect_moments(model, [X], gram=False)).save(tmp_path / "p")
     loaded = pb.load_patterns(tmp_path / "p", model)
-    assert any("parametrizations" in name and digest != belonging.UNUSED for name, digest in loaded.belongs_to.items())
+    assert any(
+        "parametrizations" in name and digest != weight_digests.UNUSED for name, digest in loaded.belongs_to.items()
+    )
     with torch.no_grad():
         model[0].parametrizations.weight.original0.mul_(2) if hasattr(
             model[0].parametrizations.weight, "original0"
@@ -157,9 +159,9 @@ def test_computed_weights_count_as_their_layers(make, tmp_path):
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_a_network_of_one_layer(geometry):
     layer, shape = GEOMETRIES[geometry]()
-    found = belonging.belongs_to(nn.Sequential(layer).eval(), torch.randn(shape), ["0"])
+    found = weight_digests.belongs_to(nn.Sequential(layer).eval(), torch.randn(shape), ["0"])
     assert set(found) == {f"0.{name}" for name, _ in layer.named_parameters()}
-    assert belonging.UNUSED not in found.values()
+    assert weight_digests.UNUSED not in found.values()
 
 
 def test_files_of_earlier_versions_are_taken_and_a_warning_says_what_is_missing(saved, tmp_path, caplog):

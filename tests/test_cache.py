@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from pattern_bench import cache as cache_module
-from pattern_bench.cache import Cache
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.moments import Moments
-from pattern_bench.files import Damaged, checksum, read_tensors, write_tensors
+from pattern_bench.storage import cache as cache_module
+from pattern_bench.storage.cache import Cache
+from pattern_bench.storage.tensor_files import Damaged, checksum, read_tensors, write_tensors
 
 TENSORS = {
     "matrix": torch.arange(12, dtype=torch.float64).reshape(3, 4),
@@ -290,7 +290,7 @@ def test_a_read_only_disk_is_read(disk, caplog):
 
 JOB = """
 import sys, torch
-from pattern_bench.cache import Cache
+from pattern_bench.storage.cache import Cache
 cache = Cache(sys.argv[1])
 print("starts", flush=True)
 with cache.lock("kind", "key"):

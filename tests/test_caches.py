@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pattern_bench.cache import Cache
-from pattern_bench.caches import age_of, main, shown_age, shown_size, size_of
-from pattern_bench.entries import KINDS, USERS, entries, in_use
+from pattern_bench.commands.cache import age_of, main, shown_age, shown_size, size_of
 from pattern_bench.errors import UserError
+from pattern_bench.storage.cache import Cache
+from pattern_bench.storage.cache_entries import KINDS, USERS, entries, in_use
 
 KIB = 1024
 
@@ -40,7 +40,7 @@ def kept(folder):
 
 JOB = """
 import sys
-from pattern_bench.cache import Cache
+from pattern_bench.storage.cache import Cache
 cache = Cache(sys.argv[1])
 assert cache.load("moments", sys.argv[2]) is not None
 print("uses it", flush=True)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from pattern_bench.core.active_moments import FiringCollector, firing_rho
 from pattern_bench.core.cancellation import cancels
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Linear, TwoRegimes
-from pattern_bench.core.firing import FiringCollector, firing_rho
 from pattern_bench.core.network import collecting, layers_in_order
-from pattern_bench.core.quality import Probe, Target, rho
+from pattern_bench.core.probe_closed_form import Probe, Target, rho
 
 LAYERS = {
     "autocorrelation": (lambda: nn.Conv2d(12, 6, 3, padding=1), (12, 9, 8)),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pattern_bench.reporting.runs import _table
 from pattern_bench.reporting.tables import write_table
-from pattern_bench.results import RHO_COLUMNS, as_cell, from_cell, write_csv
+from pattern_bench.results.schema import RHO_COLUMNS, as_cell, from_cell, write_csv
 
 NAMES = ["=1+1", "+x", "-x", "@SUM(A1)", "\tx", "\rx", "'=x", "''-x", "'x", "-1", "-1e5", "+2.5", "-", "a=b", "", "'",
          "=cmd|' /C calc'!A0", "\n=x", "--", "-1-1"]  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from made_runs import LAYERS, make_run
 from scipy import stats
 
-from pattern_bench.report import main
+from pattern_bench.commands.report import main
 from pattern_bench.reporting.changes import (
     change_table,
     changed_settings,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torchvision import datasets
 
-from pattern_bench.config import build
+from pattern_bench.configuration.build import build
 from pattern_bench.data import cifar
 from pattern_bench.data.splits import make_splits
 from pattern_bench.errors import UserError

@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from pattern_bench import claim, machine
-from pattern_bench.claim import FILE, claimed
 from pattern_bench.errors import UserError
+from pattern_bench.storage import folder_lock, kernel_lock
+from pattern_bench.storage.folder_lock import FILE, claimed
 
 HOLDER = """
 import os, sys
 from pathlib import Path
-from pattern_bench.claim import claimed
+from pattern_bench.storage.folder_lock import claimed
 with claimed(Path(sys.argv[1]), "hydra.run.dir"):
     if sys.argv[2:]:  # a child that outlives its parent, as a loader's worker may
         if os.fork() == 0:
@@ -47,8 +47,8 @@ def job(tmp_path, script):
 
 @pytest.fixture
 def soon(monkeypatch):
-    monkeypatch.setattr(claim, "BEAT", 0.1)
-    monkeypatch.setattr(claim, "LOST", 1.0)
+    monkeypatch.setattr(folder_lock, "BEAT", 0.1)
+    monkeypatch.setattr(folder_lock, "LOST", 1.0)
 
 
 def elsewhere(folder, **more):
@@ -130,7 +130,7 @@ def test_a_machine_that_is_gone_whose_lock_a_server_keeps(tmp_path, soon, job):
 
 def test_a_machine_that_was_started_again_has_none_of_its_jobs(tmp_path, soon):
     """The same number of a process, on a machine of the same name."""
-    elsewhere(tmp_path / "run", pid=os.getpid(), host=claim._here()["host"])
+    elsewhere(tmp_path / "run", pid=os.getpid(), host=folder_lock._here()["host"])
     with claimed(tmp_path / "run", "hydra.run.dir"):
         pass
 
@@ -166,9 +166,9 @@ def test_a_lock_that_says_nothing_is_stale(tmp_path, soon, content):
 
 
 def test_where_nothing_locks_the_process_is_looked_for(tmp_path, soon, monkeypatch):
-    monkeypatch.setattr(machine, "fcntl", None)
+    monkeypatch.setattr(kernel_lock, "fcntl", None)
     alive = subprocess.Popen(["sleep", "60"])
-    about = claim._here() | {"pid": alive.pid, "started": claim._started(alive.pid)}
+    about = folder_lock._here() | {"pid": alive.pid, "started": folder_lock._started(alive.pid)}
     elsewhere(tmp_path / "run", **about)
     with pytest.raises(UserError, match=f"process {alive.pid} on"), claimed(tmp_path / "run", "hydra.run.dir"):
         pass

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from pattern_bench.__main__ import CONF
-from pattern_bench.config import build, check_complete
+from pattern_bench.configuration.build import build, check_complete
+from pattern_bench.configuration.location import CONF
 from pattern_bench.errors import UserError
 
 CHOICES = [

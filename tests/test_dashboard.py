@@ -8,7 +8,7 @@ import pytest
 from made_runs import make_run
 from wandb_server import KEY, python, recorded, serving
 
-from pattern_bench.dashboard import main
+from pattern_bench.commands.dashboard import main
 
 pytest.importorskip("wandb_workspaces")
 import wandb_workspaces.reports.v2 as wr
@@ -16,7 +16,7 @@ import wandb_workspaces.workspaces as ws
 from wandb_workspaces.reports.v2.internal import ReportViewspec
 from wandb_workspaces.workspaces.internal import View
 
-from pattern_bench import dashboards
+from pattern_bench.reporting import dashboard as views
 
 FEW = ["data.limit=300", "model.training.epochs=4", "degradation.images=4", "degradation.steps=4"]
 FEW += ["explanation.images=2"]
@@ -26,7 +26,7 @@ LAYERS = ["features.0", "features.2", "features.5", "features.7", "classifier.1"
 @pytest.fixture(scope="module")
 def runs(configure, tmp_path_factory):
     """A folder of runs of two estimators, a method without patterns, two criteria, and another model."""
-    from pattern_bench.job import run
+    from pattern_bench.pipeline.job import run
 
     root = tmp_path_factory.mktemp("runs")
     jobs = {
@@ -107,7 +107,7 @@ def test_the_report_has_medians_over_the_same_neurons_where_live_ones_differ(tmp
     for estimator, dead in (("w", []), ("a_plus_minus", [1, 4]), ("x", [])):
         make_run(tmp_path / "differ" / estimator, estimator=estimator, dead=dead)
         make_run(tmp_path / "same" / estimator, estimator=estimator, criterion="rectified")
-    _, page = dashboards.build("lab", "patterns", [str(tmp_path)])
+    _, page = views.build("lab", "patterns", [str(tmp_path)])
     (said,) = [block.text for block in page.blocks if isinstance(block, wr.MarkdownBlock)]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
     assert rows[0] == ["layer", "S_w", "S_a+-"]
@@ -143,16 +143,16 @@ def test_runs_are_filtered_and_grouped_by_keys_that_the_server_knows(written):
 
 def test_the_keys_are_those_of_a_run_of_the_job(run_job, monkeypatch, written):
     """What is drawn and what is grouped by, a job logs under these names."""
-    from pattern_bench import tracking
+    from pattern_bench.tracking.trackers import trackers
 
     logged, configs = set(), []
 
-    class Recording(tracking.Tracker):
+    class Recording(trackers.Tracker):
         def metrics(self, values):
             logged.update(values)
 
         def curve(self, name, at, values):
-            logged.update(f"{name}/{key}" for key in (*values, tracking.AXES[name]))
+            logged.update(f"{name}/{key}" for key in (*values, trackers.AXES[name]))
 
         def image(self, name, file, caption):
             logged.add(name)
@@ -161,7 +161,7 @@ def test_the_keys_are_those_of_a_run_of_the_job(run_job, monkeypatch, written):
         configs.append({"names": names})
         return Recording()
 
-    monkeypatch.setattr("pattern_bench.record.track", track)
+    monkeypatch.setattr("pattern_bench.pipeline.record.track", track)
     run_job(*FEW, "estimator=a")
     content, _ = written
     view = ws.Workspace._from_model(View.model_validate(content["workspaces"][3]))
@@ -227,7 +227,9 @@ def test_mistakes_are_one_message(runs, tmp_path, capsys):
 
 
 def test_without_the_package_it_names_the_extra(runs, tmp_path):
-    hidden = "import sys; sys.modules['wandb_workspaces'] = None; from pattern_bench.dashboard import main; main()"
+    hidden = (
+        "import sys; sys.modules['wandb_workspaces'] = None; from pattern_bench.commands.dashboard import main; main()"
+    )
     done = python(["-c", hidden, runs, "--project", "p", "--entity", "e"], tmp_path, {})
     assert done.returncode == 1
     assert done.stderr == "error: dashboards need wandb-workspaces: pip install 'pattern_bench[dashboard]'\n"

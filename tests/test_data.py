@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from pattern_bench.config import build
+from pattern_bench.configuration.build import build
 from pattern_bench.data.splits import Unreadable, make_splits
 from pattern_bench.errors import UserError
 

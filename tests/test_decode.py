@@ -13,8 +13,8 @@ from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 from torchvision.datasets.folder import pil_loader
 from torchvision.io import ImageReadMode, decode_image
 
+from pattern_bench.data.base import Pool, photograph_transform
 from pattern_bench.data.decode import decode
-from pattern_bench.data.source import Pool, photograph_transform
 from pattern_bench.data.splits import Split, Unreadable
 from pattern_bench.errors import UserError
 

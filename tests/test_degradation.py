@@ -5,7 +5,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from scipy.special import softmax
 
-from pattern_bench.core.degradation import (
+from pattern_bench.engine.streams import DegradationStream
+from pattern_bench.metrics.degradation import (
     ORDERS,
     REPLACEMENTS,
     area_over_curve,
@@ -16,7 +17,6 @@ from pattern_bench.core.degradation import (
     rank_patches,
     replacement,
 )
-from pattern_bench.streams import DegradationStream
 
 
 def test_a_case_computed_by_hand():

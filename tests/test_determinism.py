@@ -11,15 +11,17 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from torch import nn
 
-from pattern_bench import explanations, fitting, preparation
-from pattern_bench.__main__ import CONF
-from pattern_bench.config import build
+from pattern_bench.configuration.build import build
+from pattern_bench.configuration.location import CONF
 from pattern_bench.data.splits import GlobalBatches, make_splits
-from pattern_bench.job import run
-from pattern_bench.learning import Learner, ReaderDescent
+from pattern_bench.engine.progress import Stages
+from pattern_bench.engine.training import Learner, ReaderDescent
 from pattern_bench.models import small
-from pattern_bench.models.source import Training
-from pattern_bench.progress import Stages
+from pattern_bench.models.base import Training
+from pattern_bench.pipeline import explain as explain_stage
+from pattern_bench.pipeline import patterns as patterns_stage
+from pattern_bench.pipeline import setup as setup_stage
+from pattern_bench.pipeline.job import run
 
 SMALL = ["data.limit=200", "data.workers=0", "model.training.epochs=2", "degradation.images=6", "explanation.images=2"]
 
@@ -34,7 +36,7 @@ def results(configure, tmp_path, monkeypatch):
     def start(name, *overrides, agitated=False):
         folder, seen = tmp_path / name, {}
         folder.mkdir(exist_ok=True)
-        explain, begin = explanations.explain, Stages.run
+        explain, begin = explain_stage.explain, Stages.run
 
         def kept(*arguments):
             (images, found, captions), met = explain(*arguments)
@@ -48,7 +50,7 @@ def results(configure, tmp_path, monkeypatch):
             return begin(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(explanations, "explain", kept)
+            patch.setattr(explain_stage, "explain", kept)
             if agitated:
                 patch.setattr(Stages, "run", elsewhere)
             run(configure(*SMALL, *overrides, f"cache.dir={folder / 'cache'}"), folder)
@@ -127,7 +129,7 @@ def prepared(configure, tmp_path):
 
         def prepare(*overrides):
             cfg = configure(*SMALL, f"cache.dir={tmp_path / 'cache'}", "moments.positions=0.5", *overrides)
-            return preparation.prepare(cfg, tmp_path, bar, explanations.check)
+            return setup_stage.prepare(cfg, tmp_path, bar, explain_stage.check)
 
         prepare.bar = bar
         yield prepare
@@ -137,16 +139,18 @@ def drawn(what, setup, bar):
     """What is drawn for one purpose, of the splits and the network of ``setup`` and with the seed of its settings."""
     images = setup.splits["validation"].batch(range(3)).images
     if what == "random directions":
-        return fitting.fit_pattern(setup, "features.2", None).positive
+        return patterns_stage.fit_pattern(setup, "features.2", None).positive
     if what == "sampled positions":
-        return fitting.collect(setup, "fit", fitting.all_samples(setup, gram=False), bar)[0]["features.0"].xg
+        return patterns_stage.collect(setup, "fit", patterns_stage.all_samples(setup, gram=False), bar)[0][
+            "features.0"
+        ].xg
     if what in ("smoothgrad", "prediction_difference"):
-        return explanations.method_of(setup, {}).attribute(images, torch.tensor([1, 2, 3]))
+        return explain_stage.method_of(setup, {}).attribute(images, torch.tensor([1, 2, 3]))
     if what == "random patch order":
-        return explanations.degrade(setup, {}, bar)[0]["random_order"]
+        return explain_stage.degrade(setup, {}, bar)[0]["random_order"]
     if what == "intervals":
         areas = {"a": torch.rand(50, generator=torch.Generator().manual_seed(0)).double()}
-        return torch.tensor(explanations.area_intervals(setup, areas)["a"])
+        return torch.tensor(explain_stage.area_intervals(setup, areas)["a"])
     return torch.tensor(setup.seed("bootstrap 0"))
 
 
@@ -187,8 +191,8 @@ def test_splits_are_drawn_with_the_seed(configure):
 
 def test_training_is_drawn_with_the_seed(prepared, monkeypatch):
     """Of the same images."""
-    splits = preparation.make_splits
-    monkeypatch.setattr(preparation, "make_splits", lambda source, seed: splits(source, 0))
+    splits = setup_stage.make_splits
+    monkeypatch.setattr(setup_stage, "make_splits", lambda source, seed: splits(source, 0))
     one, again, other = (prepared(f"seed={seed}").model.state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one)
@@ -220,7 +224,7 @@ def test_training_takes_batch_norms_statistics_and_drops_out(configure, tmp_path
     # 81 images in batches of 20: the last has one image.
     cfg = configure(*SMALL, "data.limit=101", "model.training.batch_size=20", f"cache.dir={tmp_path / 'cache'}")
     with Stages().run("prepare", "prepare") as bar:
-        setup = preparation.prepare(cfg, tmp_path, bar, lambda setup: None)
+        setup = setup_stage.prepare(cfg, tmp_path, bar, lambda setup: None)
     assert sum(len(setup.splits[name]) for name in ("fit", "probe")) % 20 == 1
     assert int(norm.num_batches_tracked) == 2 * 4
     assert float(norm.running_mean.abs().sum()) > 0
@@ -244,7 +248,7 @@ def test_training_that_is_taken_up_drops_out_what_it_would_have(prepared, tmp_pa
             model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 10))
             batches = GlobalBatches(len(setup.splits["fit"]), 20, seed=4)
             learner = Learner(model, Training(4, 0.01, 20), False, batches)
-            every_epoch, last = preparation.checkpoint(folder, "training")
+            every_epoch, last = setup_stage.checkpoint(folder, "training")
             trainer = setup.trainer(None, every_epoch, max_epochs=4)
             torch.manual_seed(random.randrange(2**32))
             step = learner.training_step

@@ -22,18 +22,18 @@ import pattern_bench as pb
 import pattern_bench.api
 import pattern_bench.data
 import pattern_bench.methods
-from pattern_bench.__main__ import CONF
-from pattern_bench.checks import run as run_sanity
+from pattern_bench.configuration.location import CONF
+from pattern_bench.core.active_moments import FiringCollector, firing_rho
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Estimator
-from pattern_bench.core.firing import FiringCollector, firing_rho
-from pattern_bench.core.quality import Probe, Target, rho
-from pattern_bench.core.reading import Correlation, Reader
-from pattern_bench.data.source import Source
-from pattern_bench.galleries import run as run_gallery
-from pattern_bench.launch import launch
+from pattern_bench.core.probe_closed_form import Probe, Target, rho
+from pattern_bench.core.probe_sgd import Correlation, Reader
+from pattern_bench.data.base import Source
 from pattern_bench.methods.base import Method, create
+from pattern_bench.pipeline.gallery import run as run_gallery
+from pattern_bench.pipeline.sanity import run as run_sanity
+from pattern_bench.processes.launch import launch
 from tests.conftest import GEOMETRIES
 
 # --- the device itself ---

@@ -21,9 +21,9 @@ from experiments.fig4a_degradation import __main__ as fig4a
 from experiments.ground_truth import scoring
 from experiments.models import __main__ as models
 from experiments.neurons import over_same_neurons
+from pattern_bench.core.active_moments import FiringCollector, firing_rho
 from pattern_bench.core.collector import Collector
-from pattern_bench.core.firing import FiringCollector, firing_rho
-from pattern_bench.files import write_tensors
+from pattern_bench.storage.tensor_files import write_tensors
 
 ROOT = Path(__file__).parent.parent
 

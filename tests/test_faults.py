@@ -20,26 +20,27 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
-from pattern_bench import criterion, fitting, halving
-from pattern_bench.config import build
+from pattern_bench.configuration.build import build
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.memory import fits
-from pattern_bench.core.reading import Reader
-from pattern_bench.data.source import TensorPool
+from pattern_bench.core.probe_sgd import Reader
+from pattern_bench.data.base import TensorPool
 from pattern_bench.data.splits import Batch, GlobalBatches, make_splits
-from pattern_bench.errors import UserError
-from pattern_bench.job import run
-from pattern_bench.launch import launch
-from pattern_bench.learning import Learner, ReaderDescent
-from pattern_bench.models.source import Training
-from pattern_bench.streams import (
+from pattern_bench.engine import micro_batches
+from pattern_bench.engine.streams import (
     AccuracyStream,
     DegradationStream,
     ExplanationStream,
     MomentStream,
     ReadingStream,
 )
+from pattern_bench.engine.training import Learner, ReaderDescent
+from pattern_bench.errors import UserError
+from pattern_bench.models.base import Training
+from pattern_bench.pipeline import patterns, rho
+from pattern_bench.pipeline.job import run
+from pattern_bench.processes.launch import launch
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -126,7 +127,7 @@ def assert_same(found, expected):
 
 
 def says_so(caplog):
-    return [record.args for record in caplog.records if record.name == halving.__name__]
+    return [record.args for record in caplog.records if record.name == micro_batches.__name__]
 
 
 @pytest.mark.parametrize("gram", [True, False])
@@ -393,7 +394,10 @@ def test_every_stream_goes_on_with_what_fits(net, images, kind, room, caplog):
 
 @pytest.mark.parametrize(
     ("kind", "place"),
-    [("reading", "pattern_bench.streams.fits"), *((kind, "pattern_bench.halving.fits") for kind in STREAMS[1:])],
+    [
+        ("reading", "pattern_bench.engine.streams.fits"),
+        *((kind, "pattern_bench.engine.micro_batches.fits") for kind in STREAMS[1:]),
+    ],
 )
 def test_every_stream_may_run_out_at_any_call(net, images, kind, place, at_call):
     plain = shown(stream_of(kind, net, images), images, size=10)
@@ -440,7 +444,7 @@ def test_a_step_may_run_out_at_every_call(images, at_call):
     """On the way there, on the way back, and where gradients are added up."""
     targets, mode, plain = torch.arange(18) % 5, AtCall(0), None
     while mode.at <= mode.calls:
-        mode = at_call("pattern_bench.halving.fits", mode.at + 1)
+        mode = at_call("pattern_bench.engine.micro_batches.fits", mode.at + 1)
         model = Classifier(False)
         model.tight.room = 10
 
@@ -524,7 +528,7 @@ def test_readers_are_calibrated_on_what_fits(net, images, caplog):
     readers = {"last": Reader(net.last, patterns_of(net)["last"], "all", 1e-3)}
     module = ReaderDescent(net, readers, 0.02, 9, GlobalBatches(19, 8, 0))
     net.tight.room = 3
-    criterion._calibrate(setup, module)
+    rho._calibrate(setup, module)
     again = Reader(net.last, patterns_of(net)["last"], "all", 1e-3)
     ReaderDescent(net, {"last": again}, 0.02, 9, GlobalBatches(19, 8, 0)).calibrate(images[:2], torch.arange(2))
     assert torch.equal(readers["last"].across_channels, again.across_channels)
@@ -547,14 +551,14 @@ def test_rho_is_computed_on_the_cpu_where_the_device_has_no_room(monkeypatch, ca
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return torch.ones(3), 1e-4
 
-    monkeypatch.setattr(criterion, "_layer_rho_on", compute)
+    monkeypatch.setattr(rho, "_layer_rho_on", compute)
     setup = types.SimpleNamespace(device=torch.device("meta"))
     moments = types.SimpleNamespace(x=torch.zeros(1, 25088))
-    assert criterion._layer_rho(setup, "fc6", None, moments, moments) == (pytest.approx(torch.ones(3)), 1e-4)
+    assert rho._layer_rho(setup, "fc6", None, moments, moments) == (pytest.approx(torch.ones(3)), 1e-4)
     assert "out of memory with ρ of layer fc6 on meta" in caplog.text
-    monkeypatch.setattr(criterion, "_layer_rho_on", lambda *_: torch.empty(1 << 58))
+    monkeypatch.setattr(rho, "_layer_rho_on", lambda *_: torch.empty(1 << 58))
     with pytest.raises(UserError, match=r"ρ of layer fc6, whose Gram matrix has 25088 columns: leave it out \(layer\)"):
-        criterion._layer_rho(setup, "fc6", None, moments, moments)
+        rho._layer_rho(setup, "fc6", None, moments, moments)
 
 
 SMALL = [
@@ -623,7 +627,7 @@ def test_memory_that_runs_out_where_nothing_has_parts_is_one_error(run_job, own_
     def runs_out(*_):
         raise error
 
-    monkeypatch.setattr(fitting, "fit_patterns", runs_out)
+    monkeypatch.setattr(patterns, "fit_patterns", runs_out)
     with pytest.raises(UserError, match=r"out of memory \((CUDA|Unable).*resume=DIR"):
         run_job(*SMALL, own_cache)
 
@@ -634,7 +638,7 @@ def test_weights_that_are_no_numbers_are_refused_before_anything(run_job, traine
     weights = load_file(file)
     weights["features.5.weight"][3, 2, 1, :2] = float(value)
     save_file(weights, tmp_path / "weights.safetensors")
-    monkeypatch.setattr("pattern_bench.job._stages", None)
+    monkeypatch.setattr("pattern_bench.pipeline.job._stages", None)
     expected = r"layer features.5 has NaN or Inf in 2 of 4608 values of its weight: give other weights"
     with pytest.raises(UserError, match=expected):
         run_job(*SMALL, f"model.weights={tmp_path / 'weights.safetensors'}")
@@ -746,8 +750,8 @@ def test_what_was_finished_before_an_image_that_is_no_number_is_kept(
     assert not (folder / "summary.json").exists()
     assert load_file(folder / "patterns.safetensors")["features.0/positive"].isfinite().all()
     assert json.loads((folder / "accuracy.json").read_text())["images"] == 40
-    passes, over = [], fitting.stream_over
-    monkeypatch.setattr(fitting, "stream_over", lambda *arguments, **more: passes.append(over(*arguments, **more)))
+    passes, over = [], patterns.stream_over
+    monkeypatch.setattr(patterns, "stream_over", lambda *arguments, **more: passes.append(over(*arguments, **more)))
     run(configure(*job), folder)
     assert len(passes) == (2 if len(probe) == 1 else 0)  # the probe and validation splits, not the fit split again
     if len(probe) == 1:
@@ -896,9 +900,9 @@ def test_files_that_vanish_or_are_spoilt_during_a_run_are_left_out_and_named(
         for name in spoilt:
             (root / name).write_bytes(b"\xff\xd8\xff no JPEG after all")
 
-    before(monkeypatch, "pattern_bench.job._stages", spoil)
+    before(monkeypatch, "pattern_bench.pipeline.job._stages", spoil)
     before(
-        monkeypatch, "pattern_bench.fitting.collect", lambda: [(root / name).unlink() for name in later],
+        monkeypatch, "pattern_bench.pipeline.patterns.collect", lambda: [(root / name).unlink() for name in later],
         lambda setup, split, *_: split == "validation",
     )  # fmt: skip
     folder = run_job(*job, f"data.workers={workers}")
@@ -941,9 +945,13 @@ def test_no_accuracy_is_told_of_no_readable_image(folder_job, run_job, tmp_path)
 @pytest.mark.parametrize(
     ("probe", "place", "expected"),
     [
-        ("closed_form", "pattern_bench.preparation._sample", "none of the 16 images of the fit split can be read"),
-        ("closed_form", "pattern_bench.fitting.collect", "only 0 of the 16 images of the fit split can be read"),
-        ("sgd", "pattern_bench.criterion.descent", "none of the 16 images of the probe split can be read: mend"),
+        ("closed_form", "pattern_bench.pipeline.setup._sample", "none of the 16 images of the fit split can be read"),
+        (
+            "closed_form",
+            "pattern_bench.pipeline.patterns.collect",
+            "only 0 of the 16 images of the fit split can be read",
+        ),
+        ("sgd", "pattern_bench.pipeline.rho.descent", "none of the 16 images of the probe split can be read: mend"),
     ],
 )
 def test_files_that_all_vanish_are_one_error(folder_job, run_job, monkeypatch, probe, place, expected):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from pattern_bench import figures
+from pattern_bench.plotting import figures
 
 NAMES = [
     "price_$50_to_$100", r"$\frac{$", "$x$", "a$b", r"a\$b$c", "$$", r"\alpha_{1}^2", "two\nlines", "%d {0} {x}",

@@ -4,9 +4,9 @@ import pytest
 from made_runs import hydra, make_run
 from omegaconf import OmegaConf
 
+from pattern_bench.configuration.reach import HOW, REACHES
 from pattern_bench.errors import UserError
-from pattern_bench.finished import COMMANDS, refuse_other_settings
-from pattern_bench.settings import HOW, REACHES
+from pattern_bench.results.complete_run import COMMANDS, refuse_other_settings
 
 SMALL = [
     "logger=none", "data.limit=100", "model.training.epochs=1", "degradation.images=2", "degradation.steps=2",

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from pattern_bench.core.active_moments import FiringCollector, FiringMoments, draw_neurons, firing_rho
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Linear, Random, TwoRegimes
-from pattern_bench.core.firing import FiringCollector, FiringMoments, draw_neurons, firing_rho
 from pattern_bench.core.layers import geometry_of, patches
 from pattern_bench.core.network import collecting
 

@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import pattern_bench as pb
-from pattern_bench.cache import Cache
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.moments import Moments
 from pattern_bench.errors import UserError
-from pattern_bench.models.source import load_weights, read_weights
+from pattern_bench.models.base import load_weights, read_weights
+from pattern_bench.storage.cache import Cache
 
 # --- mutations of any file: (draw, content, another file of the kind) -> content ---
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from pattern_bench.__main__ import CONF
+from pattern_bench.configuration.location import CONF
 from pattern_bench.errors import UserError
-from pattern_bench.galleries import check_overrides, run
+from pattern_bench.pipeline.gallery import check_overrides, run
 
 SMALL = ["data.limit=300", "model.training.epochs=4"]
 
@@ -144,7 +144,7 @@ def test_mistakes_are_found_before_long_work(draw, monkeypatch, overrides, messa
     def collect(*_):
         raise AssertionError("moments were collected")
 
-    monkeypatch.setattr("pattern_bench.fitting.collect", collect)
+    monkeypatch.setattr("pattern_bench.pipeline.patterns.collect", collect)
     with pytest.raises(UserError, match=message):
         draw(*overrides)
 

@@ -13,10 +13,10 @@ from test_methods import NAMES, method
 from torch import nn
 
 import pattern_bench as pb
+from pattern_bench.core.active_moments import FiringCollector
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Pattern
-from pattern_bench.core.firing import FiringCollector
-from pattern_bench.core.reading import Correlation, Reader
+from pattern_bench.core.probe_sgd import Correlation, Reader
 from pattern_bench.errors import UserError
 from pattern_bench.methods.base import Method
 

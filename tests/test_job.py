@@ -10,9 +10,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torchvision import models
 
+from pattern_bench.commands.report import main as report
 from pattern_bench.errors import UserError
-from pattern_bench.report import main as report
-from pattern_bench.results import AREA_COLUMNS, BOOTSTRAP_COLUMNS, DEGRADATION_COLUMNS, RHO_COLUMNS, SPLIT_COLUMNS
+from pattern_bench.results.schema import (
+    AREA_COLUMNS,
+    BOOTSTRAP_COLUMNS,
+    DEGRADATION_COLUMNS,
+    RHO_COLUMNS,
+    SPLIT_COLUMNS,
+)
 
 FILES = {
     "rho.csv", "degradation.csv", "areas.csv", "accuracy.json", "splits.csv", "patterns.safetensors", "summary.json",
@@ -87,7 +93,7 @@ def test_a_sweep_and_its_report(command, tmp_path):
     assert pd.read_csv(identity / "rho.csv").rho.isna().all()
     assert "leaves no residual" in read(identity)["skipped"]["rho"]
 
-    done = command(sweep, "--output", tmp_path / "report", module="pattern_bench.report")
+    done = command(sweep, "--output", tmp_path / "report", module="pattern_bench.commands.report")
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "report" / "fig3.csv")
     assert len(table) == 6 * 5
@@ -123,7 +129,7 @@ def test_another_estimator_reuses_the_moments(run_job, monkeypatch):
     def compute(*_):
         raise AssertionError("computed moments that were in the cache")
 
-    monkeypatch.setattr("pattern_bench.fitting.MomentStream", compute)
+    monkeypatch.setattr("pattern_bench.pipeline.patterns.MomentStream", compute)
     run_job(*SMALL, "estimator=w", "seed=4", "layer=features.*")
     with pytest.raises(AssertionError, match="computed moments"):
         run_job(*SMALL, "estimator=w", "seed=4", "data.limit=299")
@@ -153,7 +159,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(run_job, tmp_path
 
 
 def test_a_run_that_failed_is_not_taken_for_complete(configure, run_job, tmp_path):
-    from pattern_bench.job import run
+    from pattern_bench.pipeline.job import run
 
     folder = run_job(*SMALL)
     assert (folder / "summary.json").is_file()
@@ -385,8 +391,8 @@ def test_images_drawn_again_give_standard_errors(run_job, tmp_path):
 
 def test_a_resample_is_what_repeating_its_images_gives():
     """Drawn chunk by chunk from kept sums, against a pass over the images so repeated."""
-    from pattern_bench import criterion
     from pattern_bench.core.collector import Collector
+    from pattern_bench.pipeline import rho
 
     layer = torch.nn.Conv2d(2, 3, 3).double().requires_grad_(False)
     x = torch.randn(8, 2, 6, 6, dtype=torch.float64)
@@ -396,7 +402,7 @@ def test_a_resample_is_what_repeating_its_images_gives():
         collector.add(images, layer(images))
         return collector.moments()
 
-    drawn = criterion._drawn([sums(part) for part in x.split(2)], torch.Generator().manual_seed(1))
+    drawn = rho._drawn([sums(part) for part in x.split(2)], torch.Generator().manual_seed(1))
     chosen = torch.randint(4, (4,), generator=torch.Generator().manual_seed(1))
     assert len(set(chosen.tolist())) < 4
     expected = sums(torch.cat([x.split(2)[i] for i in chosen]))
@@ -425,7 +431,7 @@ def test_a_disk_that_fills_up_costs_the_cache_entry_or_names_the_file(
     def full(*_):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("pattern_bench.files.save_file", full)
+    monkeypatch.setattr("pattern_bench.storage.tensor_files.save_file", full)
     with pytest.raises(OSError, match="No space left") as caught:
         run_job(*SMALL, f"cache.dir={tmp_path / 'cache'}")
     assert caught.value.filename.endswith("patterns.safetensors")

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from pattern_bench.cache import Cache
 from pattern_bench.data.decode import decode
 from pattern_bench.data.folder import FolderPool
-from pattern_bench.data.kinds import counted, is_hidden, suffix_of, suffixes
+from pattern_bench.data.image_files import counted, is_hidden, suffix_of, suffixes
+from pattern_bench.data.imagenet import _Layout
 from pattern_bench.data.shards import read_index
-from pattern_bench.data.vision import _Layout
 from pattern_bench.errors import UserError
+from pattern_bench.storage.cache import Cache
 
 HIDDEN = [".ipynb_checkpoints", "__MACOSX", "@eaDir", "._0.jpg", ".DS_Store", "Thumbs.db", "lost+found", "$RECYCLE.BIN",
           "System Volume Information", "#recycle", "desktop.ini", ".git", ".Trashes", "#snapshot"]  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pattern_bench as pb
-from pattern_bench.config import build
+from pattern_bench.configuration.build import build
 from pattern_bench.data.known_signal import SCENARIOS, draw
 from pattern_bench.errors import UserError
 

@@ -19,7 +19,7 @@ import pytest
 from omegaconf import OmegaConf
 from pandas.testing import assert_frame_equal
 
-from pattern_bench.__main__ import CONF
+from pattern_bench.configuration.location import CONF
 
 SLURM = Path(__file__).parent / "slurm"
 ESTIMATORS = ["w", "a", "a_plus_minus"]
@@ -65,7 +65,7 @@ def launcher(request):
 @pytest.fixture(scope="module")
 def one_after_the_other(configure, tmp_path_factory):
     """The folders of the jobs by their estimator, run in this process."""
-    from pattern_bench.job import run
+    from pattern_bench.pipeline.job import run
 
     root = tmp_path_factory.mktemp("expected")
     for estimator in ESTIMATORS:

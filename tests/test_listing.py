@@ -14,12 +14,13 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from pattern_bench.cache import Cache
-from pattern_bench.config import build
-from pattern_bench.data import listing, vision
+from pattern_bench.configuration.build import build
+from pattern_bench.data import file_index
+from pattern_bench.data import imagenet as imagenet_module
+from pattern_bench.data.file_index import Names, list_images, numbers, tensor_of
 from pattern_bench.data.folder import FolderPool
-from pattern_bench.data.listing import Names, list_images, numbers, tensor_of
 from pattern_bench.errors import UserError
+from pattern_bench.storage.cache import Cache
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def looked_into(monkeypatch):
         found.append(Path(os.fsdecode(folder)).name)
         return scandir(folder)
 
-    monkeypatch.setattr(listing.os, "scandir", watched)
+    monkeypatch.setattr(file_index.os, "scandir", watched)
     return found
 
 
@@ -180,9 +181,9 @@ def test_a_kept_listing_is_not_used_after_a_change(tree, cache, change):
 def test_of_many_files_some_are_compared(tree, cache, monkeypatch):
     root = tree(*(f"{i // 10}/{i}.jpg" for i in range(100)))
     before = list_images(root, cache).fingerprint
-    monkeypatch.setattr(listing, "COMPARED", 20)
-    compared, measure = [], listing._size_and_time
-    monkeypatch.setattr(listing, "_size_and_time", lambda file: compared.append(file) or measure(file))
+    monkeypatch.setattr(file_index, "COMPARED", 20)
+    compared, measure = [], file_index._size_and_time
+    monkeypatch.setattr(file_index, "_size_and_time", lambda file: compared.append(file) or measure(file))
     assert list_images(root, cache).fingerprint == before
     assert len(set(compared)) == 20
     for i in range(10):
@@ -209,7 +210,7 @@ def test_a_folder_that_cannot_be_read_is_left_out_and_tried_again(tree, cache, m
         return scandir(folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(listing.os, "scandir", refuse)
+        patch.setattr(file_index.os, "scandir", refuse)
         assert list(list_images(root, cache).names) == ["a/1.jpg"]
     assert f"{root}/b is left out: it cannot be read (Permission denied)" in caplog.text
     assert list(list_images(root, cache).names) == ["a/1.jpg", "b/2.jpg"]
@@ -218,8 +219,8 @@ def test_a_folder_that_cannot_be_read_is_left_out_and_tried_again(tree, cache, m
 def test_processes_side_by_side_list_once(tree, tmp_path, monkeypatch):
     root = tree("a/1.jpg", "b/2.jpg")
     context = multiprocessing.get_context("fork")
-    walked, ready, walk = context.SimpleQueue(), context.Barrier(2), listing._walk
-    monkeypatch.setattr(listing, "_walk", lambda *arguments: walked.put(1) or walk(*arguments))
+    walked, ready, walk = context.SimpleQueue(), context.Barrier(2), file_index._walk
+    monkeypatch.setattr(file_index, "_walk", lambda *arguments: walked.put(1) or walk(*arguments))
 
     def work():
         cache = Cache(str(tmp_path / "cache"))
@@ -395,5 +396,5 @@ def test_archives_cannot_write_outside_the_root(imagenet, source, monkeypatch, t
             source(imagenet).pools()
     assert not (tmp_path / "outside.JPEG").exists()
     assert tarfile.TarFile.__dict__.get("extraction_filter") is kept
-    with vision.safe_extraction(), tarfile.open(imagenet / "ILSVRC2012_img_train.tar") as archive:
+    with imagenet_module.safe_extraction(), tarfile.open(imagenet / "ILSVRC2012_img_train.tar") as archive:
         assert archive.extraction_filter is tarfile.data_filter

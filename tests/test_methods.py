@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import models
 
-from pattern_bench.__main__ import CONF
+from pattern_bench.configuration.location import CONF
 from pattern_bench.core.backward import replaced_weights
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.estimators import Filter, Pattern

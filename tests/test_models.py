@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision import models
 
-from pattern_bench.config import build
+from pattern_bench.configuration.build import build
 from pattern_bench.core.network import layers_in_order, select_layers
 from pattern_bench.errors import UserError
 

@@ -13,8 +13,8 @@ import pattern_bench as pb
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.network import layers_in_order
 from pattern_bench.core.outputs import answer, as_logits, heads, probabilities
+from pattern_bench.engine.training import AUXILIARY, Learner
 from pattern_bench.errors import UserError
-from pattern_bench.learning import AUXILIARY, Learner
 
 
 def plain(outputs=5):
@@ -494,7 +494,7 @@ class Batches:
 
 
 def learner(model, regression=False):
-    from pattern_bench.models.source import Training
+    from pattern_bench.models.base import Training
 
     return Learner(model, Training(1, 0.1, 6), regression, Batches())
 

@@ -13,9 +13,9 @@ from browser import CHROMIUM, Browser
 from made_runs import LAYERS, hydra, make_run
 from PIL import Image
 
-from pattern_bench.report import main
+from pattern_bench.commands.report import main
+from pattern_bench.plotting.styles import contrast, curve_styles, estimator_colours, legible
 from pattern_bench.reporting.page import COLOURS, DARK, LIGHT
-from pattern_bench.styles import contrast, curve_styles, estimator_colours, legible
 
 EVIL = '</script><script>window.harmed = 1</script><img src=x onerror="window.harmed = 2">\'&'
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

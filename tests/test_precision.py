@@ -12,7 +12,7 @@ import pattern_bench as pb
 from pattern_bench.core import canonical as module
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.memory import SpentError, fits, is_out_of_memory
-from pattern_bench.core.precision import float32_products
+from pattern_bench.core.rounding import float32_products
 from pattern_bench.errors import UserError
 from pattern_bench.methods.gradients import Gradient
 
@@ -130,7 +130,7 @@ def test_everything_from_python_computes_exactly(tmp_path):
 @pytest.mark.parametrize(("setting", "expected"), [("false", EXACT), ("true", TF32)])
 def test_a_job_computes_as_its_setting_says(run_job, monkeypatch, setting, expected):
     found = []
-    monkeypatch.setattr("pattern_bench.job._stages", lambda *_: found.append(said()))
+    monkeypatch.setattr("pattern_bench.pipeline.job._stages", lambda *_: found.append(said()))
     before = said()
     run_job("data.limit=60", "quiet=true", "model.training.epochs=1", f"trainer.tf32={setting}")
     assert found == [expected]

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pattern_bench.config import build
+from pattern_bench.configuration.build import build
 from pattern_bench.data.splits import GlobalBatches, joined, make_splits
 from pattern_bench.errors import UserError
-from pattern_bench.launch import launch, processes_per_node
+from pattern_bench.processes.launch import launch, processes_per_node
 
 FEW = ["logger=none", "data.limit=300", "degradation.images=12", "data.batch_size=32"]
 SMALL = [*FEW, "model.training.epochs=4"]

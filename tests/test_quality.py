@@ -7,7 +7,7 @@ from torch import nn
 
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Pattern
-from pattern_bench.core.quality import CLOSED_FORM, Probe, Target, rho
+from pattern_bench.core.probe_closed_form import CLOSED_FORM, Probe, Target, rho
 
 
 def sums(layer, x, gram=True):

@@ -14,8 +14,8 @@ from test_quality import brute_rho, sums
 from torch import nn
 
 from pattern_bench.core.estimators import Pattern
-from pattern_bench.core.quality import CRITERIA
-from pattern_bench.core.reading import Correlation, Reader
+from pattern_bench.core.probe_closed_form import CRITERIA
+from pattern_bench.core.probe_sgd import Correlation, Reader
 
 
 def brute_samples(layer, x, pattern, neuron, criterion):
@@ -112,7 +112,7 @@ def test_coordinates_are_decorrelated():
 
 
 def test_more_channels_than_can_be_decorrelated_are_scaled(monkeypatch):
-    monkeypatch.setattr("pattern_bench.core.reading.WIDEST", 3)
+    monkeypatch.setattr("pattern_bench.core.probe_sgd.WIDEST", 3)
     torch.manual_seed(0)
     layer = nn.Linear(5, 3).double().requires_grad_(False)
     x = torch.randn(200, 5, dtype=torch.float64) * torch.tensor([1.0, 10, 100, 0, 5])

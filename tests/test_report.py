@@ -13,8 +13,8 @@ import pytest
 from made_runs import LAYERS, hydra, make_run, make_sweep
 from test_fuzz import cut, flip, grow, remove
 
+from pattern_bench.commands.report import main
 from pattern_bench.errors import UserError
-from pattern_bench.report import main
 from pattern_bench.reporting.gathering import gather
 from pattern_bench.reporting.runs import read_settings
 from pattern_bench.reporting.sections import report_sections
@@ -73,7 +73,7 @@ def test_a_wandb_project_is_downloaded_and_read(tmp_path, monkeypatch, report):
         asked.append(project)
         make_run(into / "abcd1234", run_id="abcd1234")
 
-    monkeypatch.setattr("pattern_bench.tracking.download", download, raising=False)
+    monkeypatch.setattr("pattern_bench.tracking.trackers.download", download, raising=False)
     output, said = report("wandb://me/patterns")
     assert asked == ["me/patterns"]
     assert said.startswith("1 run\n")
@@ -84,7 +84,7 @@ def test_a_wandb_project_is_downloaded_and_read(tmp_path, monkeypatch, report):
     def refused(project, into):
         raise UserError("no key")
 
-    monkeypatch.setattr("pattern_bench.tracking.download", refused, raising=False)
+    monkeypatch.setattr("pattern_bench.tracking.trackers.download", refused, raising=False)
     with pytest.raises(SystemExit, match=r"^error: no key$"):
         main(["wandb://me/patterns"])
 
@@ -225,7 +225,7 @@ def test_missing_cells_of_a_real_sweep(command, tmp_path):
     few = ["logger=none", "data.limit=300", "model.training.epochs=4", "degradation.images=8"]
     done = command("-m", "estimator=w,a", "criterion=all,most", *few, "hydra.sweep.dir=sweep")
     assert done.returncode == 1
-    done = command("sweep", module="pattern_bench.report")
+    done = command("sweep", module="pattern_bench.commands.report")
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "report" / "fig3.csv")
     assert table.groupby(["criterion", "estimator"]).status.agg("first").to_dict() == {
@@ -332,7 +332,8 @@ def test_a_million_neurons_stay_below_two_gibibytes(tmp_path, capsys):
                     criterion=criterion, estimator=estimator, steps=100,
                 )  # fmt: skip
     code = (
-        "import time, resource; start = time.perf_counter(); from pattern_bench.report import main; main(['runs']); "
+        "import time, resource; start = time.perf_counter(); "
+        "from pattern_bench.commands.report import main; main(['runs']); "
         "print(f'{time.perf_counter() - start:.1f} s')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

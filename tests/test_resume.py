@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pattern_bench import partial as partial_module
 from pattern_bench.core.collector import Collector
 from pattern_bench.errors import UserError
-from pattern_bench.job import run
-from pattern_bench.partial import SHARE, Partial
+from pattern_bench.pipeline.job import run
+from pattern_bench.storage import stage_state as partial_module
+from pattern_bench.storage.stage_state import SHARE, Partial
 
 SMALL = [
     "data.limit=300",
@@ -119,7 +119,7 @@ def test_training_goes_on_from_its_last_epoch(configure, run_job, tmp_path, monk
     undisturbed = run_job(*job, f"cache.dir={tmp_path / 'one'}")
     folder = tmp_path / "cut"
     folder.mkdir()
-    begin, epochs = "pattern_bench.learning.Learner.on_train_epoch_start", []
+    begin, epochs = "pattern_bench.engine.training.Learner.on_train_epoch_start", []
     for most in (2, 4, 9):
         with monkeypatch.context() as patch:
 
@@ -146,8 +146,8 @@ def test_descent_goes_on_from_its_last_round(configure, run_job, tmp_path, monke
     undisturbed = run_job(*job)
     folder = tmp_path / "cut"
     folder.mkdir()
-    step = "pattern_bench.learning.ReaderDescent.training_step"
-    from pattern_bench.learning import ReaderDescent
+    step = "pattern_bench.engine.training.ReaderDescent.training_step"
+    from pattern_bench.engine.training import ReaderDescent
 
     train, met = ReaderDescent.training_step, []
 

@@ -8,11 +8,12 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from pattern_bench.__main__ import CONF, arguments
+from pattern_bench.commands.entry import arguments
+from pattern_bench.configuration.location import CONF
+from pattern_bench.configuration.resumed_overrides import may_be_taken, quoted, shell_command
 from pattern_bench.errors import UserError
-from pattern_bench.foreign import read_json, read_yaml
 from pattern_bench.reporting.sweeps import command_of, expected_names, read_sweep
-from pattern_bench.resuming import may_be_taken, quoted, shell_command
+from pattern_bench.storage.untrusted import read_json, read_yaml
 
 REFUSED = [
     # classes, and the check of them

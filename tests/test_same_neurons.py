@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from made_runs import LAYERS, make_run
 from rich.console import Console
 
-from pattern_bench.report import main
+from pattern_bench.commands.report import main
 from pattern_bench.reporting import console
 from pattern_bench.reporting.changes import change_table, changes
 from pattern_bench.reporting.gathering import gather
 from pattern_bench.reporting.tables import areas, overview, rho_table
-from pattern_bench.results import LAYER, of_same_neurons
+from pattern_bench.results.schema import LAYER, of_same_neurons
 
 DEAD = {"random": [], "w": [], "a": [1], "a_plus_minus": [1, 4], "mine": [0]}
 LOW = -3.0

@@ -12,13 +12,13 @@ from hydra import compose, initialize_config_dir
 from scipy.stats import spearmanr
 from torch import nn
 
-from pattern_bench.__main__ import CONF
-from pattern_bench.checks import COLUMNS, MEASURES, back_propagated, randomise, run, start_vectors
-from pattern_bench.core.sanity import convergence, cosine, ranks, similarities, spearman, ssim
+from pattern_bench.configuration.location import CONF
 from pattern_bench.errors import UserError
 from pattern_bench.methods.base import Method
 from pattern_bench.methods.gradients import Gradient, IntegratedGradients
 from pattern_bench.methods.patterns import DtdW2, LrpZ
+from pattern_bench.metrics.similarity import convergence, cosine, ranks, similarities, spearman, ssim
+from pattern_bench.pipeline.sanity import COLUMNS, MEASURES, back_propagated, randomise, run, start_vectors
 
 SMALL = ["data.limit=300", "model.training.epochs=4", "images=4", "refit=20", "directions=3"]
 
@@ -207,7 +207,7 @@ def test_a_method_that_ignores_the_weights_keeps_its_heat_map_and_the_gradient_d
     def methods(*_):
         return {"input_itself": InputItself, "gradient": Gradient}
 
-    monkeypatch.setattr("pattern_bench.checks.chosen_methods", methods)
+    monkeypatch.setattr("pattern_bench.pipeline.sanity.chosen_methods", methods)
     _, table, summary = check("model=linear")
     random = table[table.check == "randomisation"]
     assert np.allclose(random[random.method == "input_itself"]["mean"], 1)
@@ -243,7 +243,7 @@ def test_patterns_are_refitted_or_kept(check):
     ],
 )
 def test_mistakes_are_found_before_long_work(check, monkeypatch, overrides, message):
-    monkeypatch.setattr("pattern_bench.fitting.collect", partial(pytest.fail, "moments were collected"))
+    monkeypatch.setattr("pattern_bench.pipeline.patterns.collect", partial(pytest.fail, "moments were collected"))
     with pytest.raises(UserError, match=message):
         check(*overrides)
 

@@ -17,10 +17,10 @@ from own_network import Residual
 from torch import nn
 
 import pattern_bench
-from pattern_bench.config import IMPORTED_MODEL, build, check_complete
+from pattern_bench.configuration.build import IMPORTED_MODEL, build, check_complete
 from pattern_bench.errors import UserError
+from pattern_bench.models.base import read_weights
 from pattern_bench.models.imported import ImportedModel
-from pattern_bench.models.source import read_weights
 
 PACKAGE = Path(pattern_bench.__file__).parent
 
@@ -92,20 +92,24 @@ REACHABLE = [
     "torch.ops.load_library", "torch.classes.load_library", "torch.jit.load", "torch.compile", "torch.nn.init.zeros_",
     "torchvision.datasets.utils.download_url", "torchvision.models.resnet18", "timm.create_model",
     "timm.models.load_checkpoint",
-    "pattern_bench.config.build", "pattern_bench.models.source.read_weights", "pattern_bench.report.main",
+    "pattern_bench.configuration.build.build",
+    "pattern_bench.models.base.read_weights", "pattern_bench.commands.report.main",
     # classes of theirs that are none of those that a run is made of
     "torch.package.PackageImporter", "torch.utils.data.DataLoader", "torch.fx.Graph", "torch.Generator",
-    "torchvision.datasets.CIFAR10", "torchvision.datasets.DatasetFolder", "pattern_bench.cache.Cache",
-    "pattern_bench.tracking.Tracker",
+    "torchvision.datasets.CIFAR10", "torchvision.datasets.DatasetFolder", "pattern_bench.storage.cache.Cache",
+    "pattern_bench.tracking.trackers.Tracker",
     # what their modules have imported
-    "torch.os.system", "torch.utils.data.dataloader.os.system", "pattern_bench.files.os.system",
-    "pattern_bench.files.os", "pattern_bench.files.tempfile", "torch.serialization.pickle.loads",
-    "torch.hub.Path", "torch.utils.cpp_extension.subprocess.Popen", "pattern_bench.config.importlib.import_module",
-    "pattern_bench.progress.LightningBar.__init__", "pattern_bench.data.vision.Image.open",
-    "torch.multiprocessing.Process", "torch.multiprocessing.pool.Pool", "pattern_bench.data.vision.Path",
+    "torch.os.system", "torch.utils.data.dataloader.os.system", "pattern_bench.storage.tensor_files.os.system",
+    "pattern_bench.storage.tensor_files.os",
+    "pattern_bench.storage.tensor_files.tempfile", "torch.serialization.pickle.loads",
+    "torch.hub.Path",
+    "torch.utils.cpp_extension.subprocess.Popen", "pattern_bench.configuration.build.importlib.import_module",
+    "pattern_bench.engine.progress.LightningBar.__init__", "pattern_bench.data.imagenet.Image.open",
+    "torch.multiprocessing.Process", "torch.multiprocessing.pool.Pool", "pattern_bench.data.imagenet.Path",
     # modules, attributes, and what is not there
     "torch.nn", "torch.nn.Module.apply", "torch.nn.Module.__class__", "torch.__builtins__", "torch.nn.ReLU.forward",
-    "pattern_bench.files.__builtins__", "torch.nn.Nothing", "torch.nothing.ReLU", "torch.nn.modules.linear.Linear.x.y",
+    "pattern_bench.storage.tensor_files.__builtins__", "torch.nn.Nothing",
+    "torch.nothing.ReLU", "torch.nn.modules.linear.Linear.x.y",
 ]  # fmt: skip
 
 
@@ -125,15 +129,15 @@ def test_within_the_packages_only_the_classes_that_runs_are_made_of_are_built(co
 
 
 def test_a_network_that_a_module_has_imported_from_elsewhere_is_not_its_own(configure, monkeypatch):
-    monkeypatch.setattr("pattern_bench.streams.Residual", Residual, raising=False)
-    with pytest.raises(UserError, match=r"^model._target_=pattern_bench.streams.Residual is no .*define"):
-        build(configure("model._target_=pattern_bench.streams.Residual").model)
+    monkeypatch.setattr("pattern_bench.engine.streams.Residual", Residual, raising=False)
+    with pytest.raises(UserError, match=r"^model._target_=pattern_bench.engine.streams.Residual is no .*define"):
+        build(configure("model._target_=pattern_bench.engine.streams.Residual").model)
 
 
 def test_targets_below_others_are_built_and_given_to_them(configure):
     cfg = configure(
         "model=imported", "model.path=torch.nn.Sequential",
-        "+model.arguments.arg={_target_:torch.nn.ModuleList,modules:[{_target_:torch.nn.ReLU},{_target_:timm.layers.Mish}]}",
+    "+model.arguments.arg={_target_:torch.nn.ModuleList,modules:[{_target_:torch.nn.ReLU},{_target_:timm.layers.Mish}]}",
     )  # fmt: skip
     check_complete(cfg)
     relu, mish = build(cfg.model).arguments["arg"]

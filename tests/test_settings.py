@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from pattern_bench import figures
-from pattern_bench.__main__ import CONF
-from pattern_bench.cache import Cache
-from pattern_bench.config import build
+from pattern_bench.configuration.build import build
+from pattern_bench.configuration.location import CONF
+from pattern_bench.configuration.reach import OWN, REACHES, REFUSED, STAGES, TRAINER, check_trainer, reach
 from pattern_bench.data.splits import make_splits
+from pattern_bench.engine.progress import Stages
 from pattern_bench.errors import UserError
-from pattern_bench.partial import Partial
-from pattern_bench.preparation import prepare
-from pattern_bench.progress import Stages
-from pattern_bench.settings import OWN, REACHES, REFUSED, STAGES, TRAINER, check_trainer, reach
+from pattern_bench.pipeline.setup import prepare
+from pattern_bench.plotting import figures
+from pattern_bench.storage.cache import Cache
+from pattern_bench.storage.stage_state import Partial
 
 CONFIGS = ("config", "gallery", "sanity")
 

@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader
 from torchvision.models import ResNet18_Weights
 from torchvision.transforms._presets import ImageClassification
 
-from pattern_bench.cache import Cache
-from pattern_bench.config import build
+from pattern_bench.configuration.build import build
 from pattern_bench.data import remote, shards
+from pattern_bench.data.base import photograph_transform
 from pattern_bench.data.folder import FolderPool
-from pattern_bench.data.source import photograph_transform
 from pattern_bench.data.splits import Unreadable, make_splits
 from pattern_bench.errors import UserError
+from pattern_bench.storage.cache import Cache
 
 
 def add(shard, name, content, **fields):

@@ -160,9 +160,9 @@ def test_a_second_signal_ends_at_once_and_nothing_holds_up_the_end(tmp_path):
     """One that comes while a long operation of C has the main thread, and an end that does not end."""
     program = """
 import sys, time, torch
-from pattern_bench import stopping
+from pattern_bench.processes import signals
 sys.stdout.write("here\\n"); sys.stdout.flush()
-with stopping.obeyed(lambda number: print("told", number, file=sys.stderr, flush=True)):
+with signals.obeyed(lambda number: print("told", number, file=sys.stderr, flush=True)):
     try:
         print("ready", flush=True)
         torch.linalg.eigh(torch.rand(12000, 12000)) if sys.argv[1] == "c" else time.sleep(60)

@@ -20,7 +20,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from pattern_bench.__main__ import CONF
+from pattern_bench.configuration.location import CONF
 
 WANDB_SWEEPS = CONF.parent / "sweeps"
 COMMANDS = {"fig3": "config", "fig4a": "config", "criteria": "config", "sanity": "sanity"}

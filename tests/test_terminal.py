@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from pattern_bench import terminal
-from pattern_bench.progress import Stages
+from pattern_bench.engine.progress import Stages
 from pattern_bench.reporting import tables
 from pattern_bench.reporting.console import show as show_report
+from pattern_bench.results import terminal
 
 SMALL = ["data.limit=300", "model.training.epochs=2", "degradation.images=6", "explanation.images=2"]
 
@@ -21,7 +21,7 @@ SMALL = ["data.limit=300", "model.training.epochs=2", "degradation.images=6", "e
 @pytest.fixture(scope="module")
 def done(configure, tmp_path_factory):
     """A small job's folder and summary."""
-    from pattern_bench.job import run
+    from pattern_bench.pipeline.job import run
 
     folder = tmp_path_factory.mktemp("run")
     run(configure(*SMALL, f"cache.dir={tmp_path_factory.mktemp('cache')}"), folder)
@@ -90,7 +90,7 @@ def test_stages_say_how_many_images_they_took_a_second(done):
 
 
 def test_what_the_cache_had_counts_for_no_speed(configure, tmp_path):
-    from pattern_bench.job import run
+    from pattern_bench.pipeline.job import run
 
     cache = f"cache.dir={tmp_path / 'cache'}"
     rates = []

@@ -25,11 +25,12 @@ from PIL import Image
 from pytorch_lightning.loggers import CSVLogger
 from wandb_run_server import ENTITY, KEY, Run, Server, serving
 
-from pattern_bench import checks, fitting, galleries, tracking
-from pattern_bench.__main__ import CONF
+from pattern_bench.configuration.location import CONF
 from pattern_bench.errors import UserError
-from pattern_bench.job import run
-from pattern_bench.tracking import track
+from pattern_bench.pipeline import gallery, patterns, sanity
+from pattern_bench.pipeline.job import run
+from pattern_bench.tracking import trackers
+from pattern_bench.tracking.trackers import track
 
 FEW = ["data.limit=300", "model.training.epochs=4", "degradation.images=8"]
 JOB = [*FEW, "probe=both", "probe.steps=20", "bootstrap.resamples=2"]
@@ -128,7 +129,7 @@ def online(configure, tmp_path_factory):
     job = configure("logger=wandb", *JOB)
     with serving() as server, connected(server, work):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fitting, "fit_patterns", die)
+            patch.setattr(patterns, "fit_patterns", die)
             with pytest.raises(RuntimeError, match="in the middle"):
                 run(job, work / "out")
         run(job, work / "out")
@@ -324,8 +325,8 @@ def others(environment, cache_dir, tmp_path_factory):
     sweep = ["-m", "estimator=w,a", "layer=features.0", *FEW, f"hydra.sweep.dir={work / 'my sweep'}"]
     call(["-m", "pattern_bench", *sweep], environment, work)
     for name, job in (
-        ("gallery", (galleries.run, "figure=fig5", "images=1")),
-        ("sanity", (checks.run, "images=1", "refit=20", "directions=2")),
+        ("gallery", (gallery.run, "figure=fig5", "images=1")),
+        ("sanity", (sanity.run, "images=1", "refit=20", "directions=2")),
     ):
         (work / name).mkdir()
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -479,7 +480,7 @@ def test_a_run_that_is_taken_up_offline_is_there_once(configure, tmp_path, monke
     job = configure("logger=wandb", "estimator=w", "layer=features.0", *FEW)
     (tmp_path / "run").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "fit_patterns", die)
+        patch.setattr(patterns, "fit_patterns", die)
         with pytest.raises(RuntimeError, match="in the middle"):
             run(job, tmp_path / "run")
     (first,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
@@ -509,7 +510,7 @@ def test_results_are_complete_where_nothing_can_be_tracked(run_job, monkeypatch,
 
 
 def test_what_wandb_refuses_is_told_before_anything_is_computed(run_job, monkeypatch):
-    monkeypatch.setattr("pattern_bench.job.prepare", None)
+    monkeypatch.setattr("pattern_bench.pipeline.job.prepare", None)
     for setting, why in {
         "logger.project=a/b": r"W&B refuses the run \(Invalid project name 'a/b'.*logger.project=a/b, .*logger=csv",
         "logger.kind=mlflow": "logger.kind=mlflow is unknown: choose wandb, csv, tensorboard or none",
@@ -580,7 +581,7 @@ def asked(monkeypatch, tmp_path):
     for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(tracking.socket, "create_connection", connect)
+    monkeypatch.setattr(trackers.socket, "create_connection", connect)
     return tried
 
 
@@ -588,7 +589,7 @@ def test_an_address_that_is_none_is_one_error_that_does_not_repeat_it(monkeypatc
     wandb.teardown()
     monkeypatch.setenv("WANDB_BASE_URL", f"user:{PASSWORD}@nowhere")
     with pytest.raises(UserError, match="not possible: WANDB_BASE_URL") as caught:
-        tracking.reachable()
+        trackers.reachable()
     assert PASSWORD not in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -598,8 +599,8 @@ def reachable(monkeypatch):
     """Whether W&B is, where its server has this address."""
 
     def found(url):
-        monkeypatch.setattr(tracking, "_server", lambda: urlparse(url))
-        return tracking.reachable()
+        monkeypatch.setattr(trackers, "_server", lambda: urlparse(url))
+        return trackers.reachable()
 
     return found
 
@@ -640,8 +641,8 @@ def test_a_name_server_that_hangs_is_not_waited_for(asked, reachable, monkeypatc
         raise OSError
 
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(tracking, "CONNECT_SECONDS", 0.05)
-    monkeypatch.setattr(tracking.socket, "create_connection", hang)
+    monkeypatch.setattr(trackers, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(trackers.socket, "create_connection", hang)
     assert not reachable("https://api.wandb.ai")
     over.set()
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.stats import wasserstein_distance
 
-from pattern_bench.core.truth import angle, magnitude, precision, share
-from pattern_bench.transport import closeness
+from pattern_bench.metrics.earth_mover import closeness
+from pattern_bench.metrics.localization import angle, magnitude, precision, share
 
 
 def maps(*shape, seed=0):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pattern_bench.errors import UserError
-from pattern_bench.models.source import load_weights, read_weights
+from pattern_bench.models.base import load_weights, read_weights
 
 
 class Net(nn.Module):

@@ -5,8 +5,8 @@ import stat
 import pytest
 import torch
 
-from pattern_bench.files import write_tensors
-from pattern_bench.writing import write_file
+from pattern_bench.storage.atomic import write_file
+from pattern_bench.storage.tensor_files import write_tensors
 
 
 def test_files_of_tensors_may_be_read_by_whom_the_umask_lets(tmp_path):

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 import pattern_bench as pb
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.half_precision import widened
-from pattern_bench.core.quality import Probe
+from pattern_bench.core.probe_closed_form import Probe
 from pattern_bench.errors import UserError
 
 
@@ -283,7 +283,7 @@ def test_a_full_disk_is_one_error(given, tmp_path, monkeypatch):
     def full(*given, **named):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pattern_bench.files.save_file", full)
+    monkeypatch.setattr("pattern_bench.storage.tensor_files.save_file", full)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     for write in (patterns.save, lambda file: pb.draw_gallery(network, images[:1], {}, file)):
         with pytest.raises(

@@ -28,21 +28,21 @@ from torchvision import models
 
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.collector import Collector
-from pattern_bench.core.degradation import degraded, grid_of, random_ranks
 from pattern_bench.core.estimators import Filter, Linear, Pattern, Random, TwoRegimes
 from pattern_bench.core.layers import Scratch, geometry_of, patches
 from pattern_bench.core.moments import Moments
 from pattern_bench.core.network import collecting, layers_in_order
-from pattern_bench.core.precision import float32_products
-from pattern_bench.core.quality import CLOSED_FORM, Probe, Target, rho
+from pattern_bench.core.probe_closed_form import CLOSED_FORM, Probe, Target, rho
+from pattern_bench.core.rounding import float32_products
+from pattern_bench.data.base import photograph_transform
 from pattern_bench.data.folder import FolderPool
-from pattern_bench.data.source import photograph_transform
+from pattern_bench.engine.streams import fast_layout
 from pattern_bench.methods.gradients import Gradient
 from pattern_bench.methods.patterns import PatternAttribution
+from pattern_bench.metrics.degradation import degraded, grid_of, random_ranks
+from pattern_bench.models.base import load_weights, read_weights
 from pattern_bench.models.small import VGG
-from pattern_bench.models.source import load_weights, read_weights
-from pattern_bench.results import write_csv
-from pattern_bench.streams import fast_layout
+from pattern_bench.results.schema import write_csv
 
 FORWARD, POSITIONS = "forward", 0.1
 

@@ -16,7 +16,7 @@ from experiments import jobs
 from experiments.fig2_linear.angles import ATTRIBUTIONS, SIGNALS, angles_at, over_seeds, weights_at
 from experiments.fig2_linear.figure import draw
 from experiments.pages import markdown, with_error, write_block
-from pattern_bench.results import write_csv
+from pattern_bench.results.schema import write_csv
 
 HERE = Path(__file__).parent
 PHIS = tuple(range(5, 180, 5))

@@ -14,7 +14,7 @@ from experiments.fig2_linear.example import SIGNAL, Neuron, drawn, exact, fitted
 from pattern_bench.methods.gradients import DeConvNet, Gradient, GuidedBackProp, IntegratedGradients, SmoothGrad
 from pattern_bench.methods.patterns import DtdW2, LrpZ
 from pattern_bench.methods.perturbation import Occlusion
-from pattern_bench.names import plain
+from pattern_bench.results.labels import plain
 
 SIGNALS, ATTRIBUTIONS = "signal", "attribution"
 WITH_PATTERNS = ("random", "w", "a", "a_plus_minus")

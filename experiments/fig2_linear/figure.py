@@ -17,7 +17,7 @@ from torch import Tensor
 
 from experiments.fig2_linear.angles import ATTRIBUTIONS, SIGNALS
 from experiments.fig2_linear.example import SIGNAL, distractor, drawn, fitted
-from pattern_bench.styles import GREY, PALETTE, estimator_colours, legible
+from pattern_bench.plotting.styles import GREY, PALETTE, estimator_colours, legible
 
 SHOWN = (45, 75, 135)
 DRAWN, REACH = 300, 3.2

@@ -24,8 +24,8 @@ from experiments.jobs import (
     sweep,
 )
 from experiments.pages import beside_others, markdown, with_error, write_block
-from pattern_bench.figures import draw_rho
-from pattern_bench.results import of_same_neurons, write_csv
+from pattern_bench.plotting.figures import draw_rho
+from pattern_bench.results.schema import of_same_neurons, write_csv
 
 HERE = Path(__file__).parent
 CRITERIA = ("all", "rectified", "positive")

@@ -13,9 +13,9 @@ import pandas as pd
 
 from experiments.jobs import CIFAR, DIGITS, SQUEEZENET, arguments, folder, given, settings, sweep
 from experiments.pages import beside_others, markdown, write_block
-from pattern_bench.figures import draw_degradation
-from pattern_bench.names import plain
-from pattern_bench.results import write_csv
+from pattern_bench.plotting.figures import draw_degradation
+from pattern_bench.results.labels import plain
+from pattern_bench.results.schema import write_csv
 
 HERE = Path(__file__).parent
 SWEEPS = {

@@ -23,7 +23,7 @@ from experiments.ground_truth.scoring import Setting, keep_score
 from experiments.ground_truth.tables import accuracies, by_scenario, correlations, other_scores, predictions, summary
 from experiments.jobs import folder
 from experiments.pages import write_block
-from pattern_bench.results import write_csv
+from pattern_bench.results.schema import write_csv
 
 HERE = Path(__file__).parent
 SEEDS = range(5)

@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from experiments.ground_truth.networks import MODELS
 from experiments.ground_truth.scoring import BASELINES, ESTIMATORS
 from experiments.ground_truth.tables import NAMES, label
-from pattern_bench.figures import LABELS
-from pattern_bench.styles import GREY, curve_styles, estimator_colours, legible
+from pattern_bench.plotting.figures import LABELS
+from pattern_bench.plotting.styles import GREY, curve_styles, estimator_colours, legible
 
 DPI = 120
 MARKERS = dict(zip(MODELS, "sD^", strict=True))

@@ -16,14 +16,14 @@ import pattern_bench as pb
 from experiments.ground_truth.networks import MODELS, trained
 from experiments.neurons import over_same_neurons
 from pattern_bench.api import LayerMoments, Patterns
-from pattern_bench.core.degradation import area_over_curve
-from pattern_bench.core.truth import angle, precision, share
 from pattern_bench.data.known_signal import UNITS, KnownSignal, draw
 from pattern_bench.methods.gradients import DeConvNet, Gradient, GuidedBackProp, IntegratedGradients, SmoothGrad
 from pattern_bench.methods.patterns import DtdW2, LrpZ
 from pattern_bench.methods.perturbation import Occlusion, PredictionDifference
-from pattern_bench.results import write_csv
-from pattern_bench.transport import closeness
+from pattern_bench.metrics.degradation import area_over_curve
+from pattern_bench.metrics.earth_mover import closeness
+from pattern_bench.metrics.localization import angle, precision, share
+from pattern_bench.results.schema import write_csv
 
 ESTIMATORS = ("random", "w", "a", "a_plus_minus")
 BASELINES = ("random_map", "input", "sobel", "laplace")

@@ -11,7 +11,7 @@ from scipy import stats
 from experiments.ground_truth.networks import MODELS
 from experiments.ground_truth.scoring import BASELINES, ESTIMATORS, SCORES
 from experiments.pages import markdown, with_error
-from pattern_bench.names import METHODS, plain
+from pattern_bench.results.labels import METHODS, plain
 
 KEYS = ["scenario", "side", "signal", "suppressor", "model"]
 WHO = ["estimator", "method"]

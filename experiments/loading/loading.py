@@ -29,15 +29,15 @@ from torch import Tensor, nn
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from pattern_bench.cache import Cache
+from pattern_bench.data.base import Source, photograph_transform
 from pattern_bench.data.decode import decode
+from pattern_bench.data.file_index import Names, numbers, tensor_of
 from pattern_bench.data.folder import Folder, FolderPool
-from pattern_bench.data.listing import Names, numbers, tensor_of
 from pattern_bench.data.shards import Shards
-from pattern_bench.data.source import Source, photograph_transform
 from pattern_bench.data.splits import Split, make_splits
-from pattern_bench.results import write_csv
-from pattern_bench.streams import MomentStream
+from pattern_bench.engine.streams import MomentStream
+from pattern_bench.results.schema import write_csv
+from pattern_bench.storage.cache import Cache
 
 IMAGENET = 1_281_167
 # What ImageNet's photographs have on average, about: 500×375 pixels and 110 KB.

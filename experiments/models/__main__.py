@@ -32,8 +32,8 @@ from experiments.jobs import (
     sweep,
 )
 from experiments.pages import beside_others, markdown, write_block
-from pattern_bench.files import read_tensors
-from pattern_bench.results import of_same_neurons, write_csv
+from pattern_bench.results.schema import of_same_neurons, write_csv
+from pattern_bench.storage.tensor_files import read_tensors
 
 HERE = Path(__file__).parent
 ESTIMATORS = ("w", "a", "a_plus_minus")

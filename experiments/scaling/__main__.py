@@ -31,7 +31,7 @@ from pattern_bench.core.collector import LEAST_POSITIONS
 from pattern_bench.data.folder import FolderPool
 from pattern_bench.models.small import VGG
 from pattern_bench.models.vision import TorchvisionModel
-from pattern_bench.results import write_csv
+from pattern_bench.results.schema import write_csv
 
 HERE = Path(__file__).parent
 

@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pattern_bench as pb
 from pattern_bench.api import LayerMoments, canonical_form
-from pattern_bench.cache import Cache
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.layers import Scratch
 from pattern_bench.core.network import collecting, layers_in_order
-from pattern_bench.streams import fast_layout
+from pattern_bench.engine.streams import fast_layout
+from pattern_bench.storage.cache import Cache
 
 FORWARD, PATTERNS, EVERYTHING, RHO = "forward", "patterns", "everything for rho", "rho"
 LONG = 3.0

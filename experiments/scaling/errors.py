@@ -16,7 +16,7 @@ import pattern_bench as pb
 from experiments.neurons import over_same_neurons
 from pattern_bench.api import LayerMoments
 from pattern_bench.core.estimators import Pattern
-from pattern_bench.streams import fast_layout
+from pattern_bench.engine.streams import fast_layout
 
 CHUNK = 10
 """Images that are added or left out together."""

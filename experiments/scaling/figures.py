@@ -19,7 +19,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.scaling.cost import EVERYTHING, FORWARD, PATTERNS, RHO
-from pattern_bench.styles import GREY, PALETTE, legible
+from pattern_bench.plotting.styles import GREY, PALETTE, legible
 
 COLOURS = {FORWARD: GREY, PATTERNS: legible(PALETTE[2]), EVERYTHING: legible(PALETTE[5]), RHO: legible(PALETTE[3])}
 LABELS = {FORWARD: "plain forward pass", PATTERNS: "patterns", EVERYTHING: "everything for exact ρ",

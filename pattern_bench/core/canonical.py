@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from pattern_bench.core.half_precision import copied, images_for, widen_
 from pattern_bench.core.layers import LAYER_TYPES, Layer, PaddedConv2d, convolved, geometry_of
-from pattern_bench.core.learned import IMAGE, LEARNED, LearnedWeights
+from pattern_bench.core.learned_weights import IMAGE, LEARNED, LearnedWeights
 from pattern_bench.core.network import refuse_training, refuse_without_weights, unwrapped
 from pattern_bench.core.outputs import as_logits
-from pattern_bench.core.precision import float32_products
+from pattern_bench.core.rounding import float32_products
 from pattern_bench.errors import UserError
 
 TOLERANCE = 1e-3

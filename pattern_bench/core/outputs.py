@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pattern_bench.core.given import unusable, whole_numbers
 from pattern_bench.core.network import first_not_finite, refuse_training, unwrapped
-from pattern_bench.core.squashing import Squashing, squashed_by
+from pattern_bench.core.output_activation import Squashing, squashed_by
+from pattern_bench.core.tensor_checks import unusable, whole_numbers
 from pattern_bench.errors import UserError, told
 
 Output = str | int | Callable[[Any], Tensor] | None

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.utils import download_url
 
-from pattern_bench.data.source import Pool, Source, photograph_transform
+from pattern_bench.data.base import Pool, Source, photograph_transform
 from pattern_bench.errors import UserError
 
 # https://www.cs.toronto.edu/~kriz/cifar.html

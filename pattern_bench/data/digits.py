@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pattern_bench.data.source import Pool, Source, TensorPool
+from pattern_bench.data.base import Pool, Source, TensorPool
 
 
 class Digits(Source):

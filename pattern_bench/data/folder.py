@@ -12,13 +12,13 @@ import PIL
 from PIL import Image
 from torch import Tensor
 
-from pattern_bench.cache import Cache
+from pattern_bench.data.base import Pool, Source, photograph_transform
 from pattern_bench.data.decode import decode
-from pattern_bench.data.kinds import OTHER_IMAGES, counted, suffixes
-from pattern_bench.data.listing import Names, list_images
+from pattern_bench.data.file_index import Names, list_images
+from pattern_bench.data.image_files import OTHER_IMAGES, counted, suffixes
 from pattern_bench.data.remote import plain
-from pattern_bench.data.source import Pool, Source, photograph_transform
 from pattern_bench.errors import UserError
+from pattern_bench.storage.cache import Cache
 
 log = logging.getLogger(__name__)
 

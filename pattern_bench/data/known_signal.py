@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pattern_bench.data.source import Pool, Source, TensorPool
+from pattern_bench.data.base import Pool, Source, TensorPool
 from pattern_bench.errors import UserError, did_you_mean
 
 SCENARIOS = ("linear", "multiplicative", "translation")

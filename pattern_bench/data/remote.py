@@ -27,9 +27,9 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
-from pattern_bench.data.kinds import is_hidden
+from pattern_bench.data.image_files import is_hidden
 from pattern_bench.errors import UserError
-from pattern_bench.writing import write_file
+from pattern_bench.storage.atomic import write_file
 
 T = TypeVar("T")
 

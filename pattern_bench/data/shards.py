@@ -32,13 +32,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pattern_bench.cache import Cache, key_of
+from pattern_bench.data.base import Pool, Source, photograph_transform
 from pattern_bench.data.decode import decode
-from pattern_bench.data.kinds import NO_SUFFIX, counted, is_hidden, suffixes
-from pattern_bench.data.listing import Names, numbers, tensor_of
+from pattern_bench.data.file_index import Names, numbers, tensor_of
+from pattern_bench.data.image_files import NO_SUFFIX, counted, is_hidden, suffixes
 from pattern_bench.data.remote import File, Store, describe, find, plain, read_part
-from pattern_bench.data.source import Pool, Source, photograph_transform
 from pattern_bench.errors import UserError
+from pattern_bench.storage.cache import Cache, key_of
 
 log = logging.getLogger(__name__)
 

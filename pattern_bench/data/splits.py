@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from pattern_bench.data.source import Pool, Source
+from pattern_bench.data.base import Pool, Source
 from pattern_bench.errors import UserError
 
 SPLITS = ("fit", "probe", "validation")

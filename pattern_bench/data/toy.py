@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pattern_bench.data.source import Pool, Source, TensorPool
+from pattern_bench.data.base import Pool, Source, TensorPool
 
 
 class Toy(Source):

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pattern_bench.core.estimators import Pattern
-from pattern_bench.core.given import unusable
 from pattern_bench.core.half_precision import images_for, own_precision, wide, widened
 from pattern_bench.core.memory import is_out_of_memory
 from pattern_bench.core.network import in_training
 from pattern_bench.core.outputs import asked_for, targets
-from pattern_bench.core.precision import float32_products
+from pattern_bench.core.rounding import float32_products
+from pattern_bench.core.tensor_checks import unusable
 from pattern_bench.errors import UserError, told
 
 

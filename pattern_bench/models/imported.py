@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pattern_bench.configuration.importing import located
 from pattern_bench.errors import UserError
-from pattern_bench.importing import located
-from pattern_bench.models.source import ModelSource
+from pattern_bench.models.base import ModelSource
 
 
 class ImportedModel(ModelSource):
@@ -17,7 +17,7 @@ class ImportedModel(ModelSource):
 
     Args:
         path: ``package.module.Class``, a class or function that returns an ``nn.Module``. A configuration must say
-            ``allow_any_target: true`` for what ``pattern_bench.config.build`` would not build itself.
+            ``allow_any_target: true`` for what ``pattern_bench.configuration.build.build`` would not build itself.
         arguments: keyword arguments for it.
     """
 

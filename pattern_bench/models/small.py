@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pattern_bench.errors import UserError
-from pattern_bench.models.source import ModelSource
+from pattern_bench.models.base import ModelSource
 
 
 class VGG(ModelSource):

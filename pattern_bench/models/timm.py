@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pattern_bench.errors import UserError, did_you_mean
-from pattern_bench.models.source import ModelSource, names_a_file
+from pattern_bench.models.base import ModelSource, names_a_file
 
 
 class TimmModel(ModelSource):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from pattern_bench.errors import UserError, did_you_mean
-from pattern_bench.models.source import ModelSource, load_weights, names_a_file, read_weights, unwrapped
+from pattern_bench.models.base import ModelSource, load_weights, names_a_file, read_weights, unwrapped
 
 # What torchvision's own builders set, besides the weights, when they are given weights.
 _WITH_WEIGHTS: dict[str, dict[str, Any]] = {

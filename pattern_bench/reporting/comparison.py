@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pattern_bench.names import plain
+from pattern_bench.plotting.styles import Style, estimator_colours
 from pattern_bench.reporting.blocks import Field, Figure, Reproduction, Section, Table, number, numeral, words
 from pattern_bench.reporting.changes import (
     ALL_LAYERS,
@@ -23,9 +23,9 @@ from pattern_bench.reporting.gathering import Gathered
 from pattern_bench.reporting.plots import Value, dots
 from pattern_bench.reporting.sections import missing_tables
 from pattern_bench.reporting.tables import in_markdown
-from pattern_bench.results import in_cells, ordered, write_csv
-from pattern_bench.styles import Style, estimator_colours
-from pattern_bench.writing import write_file
+from pattern_bench.results.labels import plain
+from pattern_bench.results.schema import in_cells, ordered, write_csv
+from pattern_bench.storage.atomic import write_file
 
 COLUMNS = ["quantity", "of", "A", "B", "B − A", "95 % interval", "verdict", "left out"]
 HOW = (

@@ -9,10 +9,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from pattern_bench.names import plain
 from pattern_bench.reporting.gathering import CURVE, PANEL, Cell
 from pattern_bench.reporting.tables import COMPLETE, MISSING
-from pattern_bench.results import ordered
+from pattern_bench.results.labels import plain
+from pattern_bench.results.schema import ordered
 
 
 def show(rho: pd.DataFrame, areas: pd.Series, missing: Sequence[Cell], console: Console) -> None:

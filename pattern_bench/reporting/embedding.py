@@ -11,9 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from pattern_bench.names import plain
 from pattern_bench.reporting.blocks import Picture
 from pattern_bench.reporting.runs import Pictures, Run
+from pattern_bench.results.labels import plain
 
 PICTURE_WIDTH = 1600
 MOST_PICTURE_BYTES = 30 * 2**20

@@ -25,7 +25,7 @@ from pattern_bench.reporting.sweeps import (
     read_overrides,
     read_sweep,
 )
-from pattern_bench.results import BOOTSTRAP_COLUMNS
+from pattern_bench.results.schema import BOOTSTRAP_COLUMNS
 
 PANEL = ["model", "data", "criterion", "probe"]
 CELL = [*PANEL, "layer", "estimator"]

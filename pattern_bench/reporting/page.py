@@ -12,10 +12,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pattern_bench.names import ESTIMATORS
+from pattern_bench.plotting.styles import GREY, PALETTE, legible
 from pattern_bench.reporting.plots import Plot
-from pattern_bench.styles import GREY, PALETTE, legible
-from pattern_bench.writing import write_file
+from pattern_bench.results.labels import ESTIMATORS
+from pattern_bench.storage.atomic import write_file
 
 TEMPLATE = Path(__file__).parent / "template"
 COLOURS = [*PALETTE, GREY]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pattern_bench.styles import SOLID, Style
+from pattern_bench.plotting.styles import SOLID, Style
 
 HEIGHT, TOP, LEFT, RIGHT = 380.0, 16.0, 56.0, 14.0
 SLOT, LEAST_WIDTH, CURVE_WIDTH = 15.0, 420.0, 760.0

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 import pandas as pd
 
 from pattern_bench.errors import UserError
-from pattern_bench.foreign import UNREADABLE, read_json, read_yaml
 from pattern_bench.reporting.sweeps import COMMANDS, kind_of_run, read_overrides
-from pattern_bench.results import BOOTSTRAP_COLUMNS, DEGRADATION_COLUMNS, RHO_COLUMNS, from_cell
+from pattern_bench.results.schema import BOOTSTRAP_COLUMNS, DEGRADATION_COLUMNS, RHO_COLUMNS, from_cell
+from pattern_bench.storage.untrusted import UNREADABLE, read_json, read_yaml
 
 TYPES: dict[str, Any] = {
     "layer_index": int, "neuron": int, "rho": float, "dead": bool, "step": int, "probability_mean": float,

@@ -18,11 +18,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pattern_bench.__main__ import CONF
+from pattern_bench.configuration.location import CONF
+from pattern_bench.configuration.resumed_overrides import is_override, may_be_taken, quoted, shell_command
 from pattern_bench.errors import UserError
-from pattern_bench.finished import COMMANDS
-from pattern_bench.foreign import UNREADABLE, read_yaml
-from pattern_bench.resuming import is_override, may_be_taken, quoted, shell_command
+from pattern_bench.results.complete_run import COMMANDS
+from pattern_bench.storage.untrusted import UNREADABLE, read_yaml
 
 WITH_PATTERNS = ("pattern_net", "pattern_attribution")
 MOST_JOBS = 100_000

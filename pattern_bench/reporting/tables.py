@@ -15,8 +15,8 @@ import pandas as pd
 
 from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, Cell, Conflict, Gathered
 from pattern_bench.reporting.runs import Run
-from pattern_bench.results import as_cell, in_cells, of_same_neurons, ordered, standard_errors, write_csv
-from pattern_bench.writing import write_file
+from pattern_bench.results.schema import as_cell, in_cells, of_same_neurons, ordered, standard_errors, write_csv
+from pattern_bench.storage.atomic import write_file
 
 AREA = "area over the curve"
 COMPLETE, MISSING, UNDEFINED = "complete", "missing", "undefined"

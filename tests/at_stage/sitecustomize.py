@@ -36,7 +36,7 @@ class Loader(importlib.machinery.SourceFileLoader):
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "pattern_bench.progress":
+        if name != "pattern_bench.engine.progress":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         spec.loader = Loader(name, spec.origin)

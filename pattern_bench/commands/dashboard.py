@@ -1,0 +1,54 @@
+"""``python -m pattern_bench.dashboard DIR… --project P --entity E``: W&B views and a W&B report of what runs measured.
+What is in them is in ``dashboard.py``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pattern_bench.errors import UserError
+from pattern_bench.results.schema import write_json
+from pattern_bench.tracking.trackers import reachable
+
+
+def dashboard(folders: Sequence[str], project: str, entity: str, output: Path) -> list[str]:
+    """Writes the specification of views and report to ``output``, and makes them on W&B's server where there is a key
+    and it answers; returns lines that say what it did.
+
+    Raises:
+        UserError: for what the user can mend.
+    """
+    try:
+        from pattern_bench.reporting import dashboard
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "wandb_workspaces":
+            raise
+        raise UserError("dashboards need wandb-workspaces: pip install 'pattern_bench[dashboard]'") from error
+    views, page = dashboard.build(entity, project, folders)
+    try:
+        write_json(output, dashboard.specification(views, page))
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written ({error.strerror}): choose another file") from error
+    said = [f"{len(views)} views and a report: {output}"]
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or not reachable():
+        return [*said, "not sent, for want of a W&B key or an answer: with both, the same command makes them on W&B"]
+    return said + dashboard.save(views, page)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m pattern_bench.dashboard", description=__doc__)
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="run folders, or folders of runs (multirun too)")
+    parser.add_argument("--project", required=True, help="the W&B project that holds the runs")
+    parser.add_argument("--entity", required=True, help="the W&B user or team that the project belongs to")
+    parser.add_argument(
+        "--output", type=Path, default=Path("dashboard.json"), help="the specification (default: dashboard.json)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        print("\n".join(dashboard(options.folders, options.project, options.entity, options.output)))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,29 @@
+"""From a name in a setting to what it names. Whether a setting may name it is for ``build.py`` to say."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from pattern_bench.errors import UserError
+
+MOVED = {"pattern_bench.data.vision.ImageNet": "pattern_bench.data.imagenet.ImageNet"}
+"""Where classes are that configurations of earlier versions name elsewhere."""
+
+
+def located(setting: str, name: str) -> Any:
+    """What a module holds under the last part of ``name``, such as ``package.module.Class``.
+
+    The module is imported by its own name: one that another has imported, such as ``torch.os``, is none.
+
+    Raises:
+        UserError: where there is no such thing.
+    """
+    module, _, attribute = MOVED.get(name, name).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{setting}={name} cannot be imported ({error}): give package.module.Class, importable from here (is its "
+            "folder on PYTHONPATH?)"
+        ) from error

@@ -1,0 +1,115 @@
+"""What a data set is to the suite: one pool of images, or two where validation images are set apart already."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from pattern_bench.storage.cache import Cache
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Pool:
+    """Images with names, and labels where they have some.
+
+    Attributes:
+        ids: one name per image (a file's path below the root, or an index).
+        labels: one class index (or regression target) per image, or None.
+        classes: number of classes, or None.
+        fingerprint: changes when the images do.
+    """
+
+    ids: Sequence[str]
+    labels: Sequence[float] | None
+    classes: int | None
+    fingerprint: str
+    # Images that are neighbours in the pool lie beside each other in a file that is cheap to read onwards and dear to
+    # jump about in. A pass over a split then visits them by index; sums are the same in any order.
+    sequential = False
+
+    def image(self, index: int) -> Any:
+        """A PIL image in RGB, or a float tensor. May raise OSError or ValueError for an unreadable file."""
+        raise NotImplementedError
+
+
+class TensorPool(Pool):
+    """Images that are in memory already, (n, ...) float32."""
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: int | None) -> None:
+        self.images, self.classes = images, classes
+        self.labels = labels.tolist()
+        self.ids = [str(i) for i in range(len(images))]
+        content = images.contiguous().numpy().tobytes() + labels.contiguous().numpy().tobytes()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def image(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+class Source:
+    """Base of the data sets. A new one is a subclass with ``pools`` and a YAML file in ``conf/data``.
+
+    Args:
+        name: as it stands in the results.
+        fit, probe, validation: split sizes, a share of the pool that the split is drawn from (up to 1.0) or a
+            number of images (from 2). ``fit`` and ``probe`` come from the training images.
+        limit: use at most so many images of each pool, drawn with the job's seed.
+        batch_size: images per forward pass.
+        workers: processes that decode images; 0 decodes in the job itself.
+        strict: stop at the first unreadable image instead of counting and leaving out.
+    """
+
+    regression = False
+    cache: Cache | None = None
+    """Where listings and indices of the images are kept; the job sets it before it calls :meth:`pools`."""
+    signal: Tensor | None = None
+    """The true signal direction of a layer's input, where the data are made so that it is known."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        fit: float,
+        probe: float,
+        validation: float,
+        limit: int | None,
+        batch_size: int,
+        workers: int,
+        strict: bool,
+    ) -> None:
+        self.name = name
+        self.fit, self.probe, self.validation = fit, probe, validation
+        self.limit, self.batch_size, self.workers, self.strict = limit, batch_size, workers, strict
+
+    def pools(self) -> tuple[Pool, Pool | None]:
+        """The training images and the validation images; None where the latter are to be drawn from the former.
+
+        Raises:
+            UserError: where the data are not there.
+        """
+        raise NotImplementedError
+
+    def transform(self) -> Callable[[Any], Tensor]:
+        """From a pool's image to the network's input, for models that bring no transform of their own."""
+        return v2.Identity()
+
+
+def photograph_transform(size: int) -> transforms.Compose:
+    """Resize the short side to ``size`` with antialiasing, crop the centre, normalise as torchvision's ImageNet models
+    expect: bit for bit what the transforms of its weights do (their v2 counterparts differ in the last bit)."""
+    return transforms.Compose(
+        [
+            transforms.Resize(size, antialias=True),
+            transforms.CenterCrop(size),
+            transforms.PILToTensor(),
+            transforms.ConvertImageDtype(torch.float32),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )

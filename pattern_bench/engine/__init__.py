@@ -1,0 +1,1 @@
+"""The thin Lightning shells: trainer, modules that stream batches, modules that learn, progress."""

@@ -1,0 +1,1 @@
+"""What scores an explanation. Imports torch, numpy and scipy alone."""

@@ -1,0 +1,1 @@
+"""The stages of a job, of a gallery and of the sanity checks."""

@@ -1,0 +1,132 @@
+"""What the gallery and the sanity checks have in common: the methods that their configuration names, made and run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig
+from torch import Tensor, nn
+
+from pattern_bench.configuration.build import build
+from pattern_bench.core.estimators import Pattern
+from pattern_bench.engine.streams import fast_layout
+from pattern_bench.errors import UserError, did_you_mean
+from pattern_bench.methods.base import Method, create, kind_of
+from pattern_bench.pipeline.explain import check_method
+from pattern_bench.pipeline.setup import Setup
+from pattern_bench.processes.launch import processes_per_node
+
+SLOW = ("occlusion", "prediction_difference")
+"""Methods with hundreds of forward passes per image: shown when asked for."""
+JOB_ONLY = ("criterion", "probe", "bootstrap", "explanation", "degradation", "layer", "method", "curve")
+"""Settings of the job that neither command has a use for."""
+
+
+def refuse_unused(overrides: Iterable[str], command: str, unused: Sequence[str] = JOB_ONLY) -> None:
+    """
+    Raises:
+        UserError: where an override sets something that has no effect on ``command``.
+    """
+    for override in overrides:
+        key = override.lstrip("+~").split("=")[0]
+        if key.split(".")[0] in unused:
+            raise UserError(f"{override} has no effect on {command}: leave it out")
+
+
+def one_process(cfg: DictConfig) -> None:
+    """
+    Raises:
+        UserError: where the settings ask for several processes, which the job has a use for and these commands not.
+    """
+    if processes_per_node(cfg.trainer) * cfg.trainer.get("num_nodes", 1) > 1:
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices}: this command runs in one process; give trainer.devices=1"
+        )
+
+
+def names_shown(cfg: DictConfig, choices: Mapping[str, Any], default: Sequence[str]) -> list[str]:
+    """What ``cfg.show`` names, in its order; ``default`` for null.
+
+    Raises:
+        UserError: where it names nothing, or what is not among ``choices``.
+    """
+    if cfg.show is None:
+        return list(default)
+    names = [str(name) for name in cfg.show] if isinstance(cfg.show, ListConfig) else [str(cfg.show)]
+    if not names:
+        raise UserError("show=[] shows nothing: name some, or give null for the default")
+    for name in names:
+        if name not in choices:
+            raise UserError(f"show={name} is unknown: {did_you_mean(name, choices)}")
+    return list(dict.fromkeys(names))
+
+
+def chosen_methods(cfg: DictConfig, default: Sequence[str]) -> dict[str, Any]:
+    """The methods that are shown, by name, still to be given their network."""
+    return {name: build(cfg.methods[name]) for name in names_shown(cfg, cfg.methods, default)}
+
+
+def check_methods(setup: Setup, methods: Mapping[str, Any]) -> None:
+    """Makes every method once, so that it can refuse its settings before anything is computed.
+
+    Raises:
+        UserError: the method's own; where the network has no classifier or the data no images; where a method needs
+            patterns and the estimator has none.
+    """
+    if not setup.classifier:
+        raise UserError(f"model={setup.model_name} has no classifier, so there is no answer to explain: choose another")
+    if setup.sample.ndim < 2:
+        raise UserError(f"data={setup.source.name} has no images: choose other data")
+    if setup.layers != setup.all_layers:
+        raise UserError("the explanation of a whole network needs all of its layers: give layer=all")
+    for name, method in methods.items():
+        if kind_of(method).needs_patterns and not setup.estimator.has_pattern:
+            raise UserError(
+                f"show={name} needs patterns, and estimator={setup.estimator.name} has none: choose another "
+                "estimator, or show methods without patterns"
+            )
+        check_method(setup, method)
+
+
+class Explainer:
+    """Explains with one network and its patterns.
+
+    Methods with patterns compute in float64: PatternNet's signal grows by orders of magnitude in every layer whose
+    patterns are longer than its weights, and passes float32's range in deep networks.
+
+    Args:
+        model: canonical network.
+        patterns: by layer, (N, D); empty where no method needs them.
+        reference: (R, ...) other images, for methods that replace parts of an image by parts of others.
+        batch_size: images that are explained at once.
+    """
+
+    def __init__(
+        self, model: nn.Module, patterns: Mapping[str, Pattern], reference: Tensor | None, batch_size: int
+    ) -> None:
+        self.model, self.patterns, self.reference, self.batch_size = model, patterns, reference, batch_size
+
+    @cached_property
+    def exact(self) -> nn.Module:
+        """The network in float64."""
+        return copy.deepcopy(self.model).double()
+
+    def make(self, method: Any) -> tuple[Method, torch.dtype | None]:
+        """The method, and the precision that its images are to be given in (None for their own)."""
+        exact = kind_of(method).needs_patterns
+        network = self.exact if exact else self.model
+        return create(method, network, self.patterns, self.reference), torch.float64 if exact else None
+
+    def explain(self, method: Any, images: Tensor, target: Tensor) -> Tensor:
+        """Explanations (B, C, H, W) in float64, on the CPU.
+
+        Raises:
+            UserError: the method's own, for this network and these images.
+        """
+        made, dtype = self.make(method)
+        parts = zip(images.split(self.batch_size), target.split(self.batch_size), strict=True)
+        return torch.cat([made.attribute(fast_layout(i.to(dtype or i.dtype)), t).double().cpu() for i, t in parts])

@@ -1,0 +1,93 @@
+"""Colours and dashes: the same for the same name in every figure, for colour-blind readers too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import seaborn as sns
+
+from pattern_bench.results.labels import METHODS, plain
+from pattern_bench.results.schema import ESTIMATORS, ordered
+
+# Seaborn's, but brown for S_x: its orange, dark enough for white paper, is S_a's vermilion to colour-blind readers.
+PALETTE = [sns.color_palette("colorblind").as_hex()[place] for place in (0, 5, 2, 3, 4, 1, 6, 7, 8, 9)]
+GREY = "#737373"
+SOLID, DASHED, DOTTED, DASH_DOTTED = (), (5.0, 2.0), (1.0, 1.5), (6.0, 2.0, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Style:
+    """Of a curve: its colour, and dashes and gaps in multiples of its width (none: solid)."""
+
+    colour: str
+    dashes: tuple[float, ...] = SOLID
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of ``#rrggbb``, as WCAG defines it: 0 is black, 1 white."""
+    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's contrast of two colours, from 1 to 21; marks need 3."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def legible(colour: str, background: str = "#ffffff", least: float = 3.0) -> str:
+    """``colour``, made darker or lighter until it has a contrast of ``least`` to the background."""
+    end = 0 if luminance(background) > 0.18 else 255
+    channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    for step in range(101):
+        mixed = "#" + "".join(f"{round(c + (end - c) * step / 100):02x}" for c in channels)
+        if contrast(mixed, background) >= least:
+            break
+    return mixed
+
+
+def estimator_colours(names: Iterable[str]) -> dict[str, str]:
+    """Colour-blind safe, the same colour for the same name in every figure."""
+    known = [*ESTIMATORS, "none"]
+    order = known + sorted(set(names) - set(known))
+    return {name: GREY if name == "none" else PALETTE[i % 10] for i, name in enumerate(order)}
+
+
+def curve_styles(curves: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Style]:
+    """By estimator and method, in the order of the legend: estimators have their colours, dash-dotted under
+    PatternNet; methods without patterns the other colours, dashed; the random order is grey and dotted."""
+    every = list(dict.fromkeys(curves))
+    colours = estimator_colours(name for name, _ in every)
+    places = {name: place for place, name in enumerate(ordered({name for name, _ in every} - {"none"}))}
+    free = sorted({method for name, method in every if name == "none"}, key=method_place)
+    free = [method for method in free if not method.startswith("random_order")]
+    others = [5, 9, 8, 6, 0, 1, 2, 3, 4]
+    styles = {}
+    for name, method in sorted(every, key=lambda key: (places.get(key[0], 99), method_place(key[1]))):
+        if method.startswith("random_order"):
+            styles[name, method] = Style(GREY, DOTTED)
+        elif name == "none":
+            place = free.index(method)
+            styles[name, method] = Style(PALETTE[others[place % 9]], DASHED if place < 9 else DASH_DOTTED)
+        else:
+            styles[name, method] = Style(colours[name], DASH_DOTTED if method.startswith("pattern_net") else SOLID)
+    return styles
+
+
+def curve_label(estimator: str, method: str, curves: Iterable[tuple[str, str]], label: str) -> str:
+    """What a curve is called among ``curves``: by its estimator's ``label``, its method, or both."""
+    every = set(curves)
+    if estimator == "none":
+        return plain(method)
+    with_patterns = {m for name, m in every if name != "none"}
+    free = {m for name, m in every if name == "none"}
+    return f"{label}, {plain(method)}" if len(with_patterns) > 1 or len(free) > 1 else label
+
+
+def method_place(method: str) -> tuple[int, str]:
+    """What methods are sorted by in legends."""
+    name = method.split(",")[0]
+    order = [*list(METHODS)[1:], "random_order"]
+    return (order.index(name) if name in order else 99, method)

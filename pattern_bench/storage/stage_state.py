@@ -1,0 +1,90 @@
+"""What an unfinished stage has come to, kept in the run's folder for whoever takes the run up again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import safetensors
+from torch import Tensor
+
+from pattern_bench.processes import collectives
+from pattern_bench.storage.tensor_files import read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
+SHARE = 0.03
+"""Of the time, at most, goes into keeping."""
+GUESSED_RATE = 2e8
+"""Bytes per second that a disk is taken to write before it has been timed."""
+
+
+_full: set[Path] = set()
+"""Folders of which it was said that they cannot be written."""
+
+
+def keep(path: Path, write: Callable[[], object]) -> bool:
+    """Lets ``write`` make a file of an unfinished stage, and says whether it did. A disk that is full costs the file,
+    not the job, and is said once of its folder."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write()
+        return True
+    except OSError as error:
+        if path.parent not in _full:
+            log.warning("%s cannot be written (%s): going on without it", path, error.strerror or error)
+        _full.add(path.parent)
+        return False
+
+
+class Partial:
+    """One process's state of one stage, a file that is whole or not there.
+
+    Args:
+        folder: the run's.
+        stage: names the file; each process has its own, and another number of processes does not find it.
+        key: of everything that the state depends on; a state with another key is not taken up.
+        seconds: between two states, unless they would take more than ``SHARE`` of the time; 0 keeps every one.
+    """
+
+    def __init__(self, folder: Path, stage: str, key: str, seconds: float) -> None:
+        self.path = folder / "partial" / f"{stage}-{collectives.rank()}-of-{collectives.size()}.safetensors"
+        self.key, self.seconds = key, seconds
+        self.cost: float | None = None
+        self.last = time.monotonic()
+
+    def load(self) -> tuple[dict[str, Tensor], int] | None:
+        """The state and how many images it has seen; None where there is none to go on from."""
+        try:
+            tensors, metadata = read_tensors(self.path)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            log.warning("%s is damaged (%s): this stage begins again", self.path, error)
+            return None
+        return (tensors, int(metadata["images"])) if metadata.get("key") == self.key else None
+
+    def save_now_and_then(self, state: Callable[[], Mapping[str, Tensor]], images: int) -> None:
+        """Keeps the state after so many images, where enough time has passed."""
+        waited = time.monotonic() - self.last
+        if waited < self.seconds:
+            return
+        tensors = state()
+        if self.cost is None:
+            self.cost = sum(tensor.nbytes for tensor in tensors.values()) / GUESSED_RATE
+        if self.seconds and waited < self.cost / SHARE:
+            return
+        self.save(tensors, images)
+
+    def save(self, state: Mapping[str, Tensor], images: int) -> None:
+        """Keeps the state after so many images, see :func:`keep`."""
+        start = time.monotonic()
+        metadata = {"key": self.key, "images": str(images)}
+        if not keep(self.path, lambda: write_tensors(self.path, state, metadata)):
+            self.seconds = float("inf")
+        self.last = time.monotonic()
+        self.cost = self.last - start
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
