@@ -93,7 +93,7 @@ def test_a_sweep_and_its_report(command, tmp_path):
     assert pd.read_csv(identity / "rho.csv").rho.isna().all()
     assert "leaves no residual" in read(identity)["skipped"]["rho"]
 
-    done = command(sweep, "--output", tmp_path / "report", module="pattern_bench.commands.report")
+    done = command(sweep, "--output", tmp_path / "report", module="pattern_bench.report")
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "report" / "fig3.csv")
     assert len(table) == 6 * 5

@@ -225,7 +225,7 @@ def test_missing_cells_of_a_real_sweep(command, tmp_path):
     few = ["logger=none", "data.limit=300", "model.training.epochs=4", "degradation.images=8"]
     done = command("-m", "estimator=w,a", "criterion=all,most", *few, "hydra.sweep.dir=sweep")
     assert done.returncode == 1
-    done = command("sweep", module="pattern_bench.commands.report")
+    done = command("sweep", module="pattern_bench.report")
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "report" / "fig3.csv")
     assert table.groupby(["criterion", "estimator"]).status.agg("first").to_dict() == {

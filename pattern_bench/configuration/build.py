@@ -21,10 +21,11 @@ warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against
 PACKAGES = ("pattern_bench", "torch", "torchvision", "timm")
 """What a configuration may name classes of, unless ``allow_any_target`` is true."""
 KINDS = {
-    "pattern_bench.core.estimators.Estimator", "pattern_bench.data.base.Source", "pattern_bench.models.base.ModelSource",
+    "pattern_bench.core.estimators.Estimator", "pattern_bench.data.base.Source",
+    "pattern_bench.models.base.ModelSource",
     "pattern_bench.methods.base.Method", "torch.nn.modules.module.Module",
 }  # fmt: skip
-"""What such a class must be a subclass of. By name, so that checking a configuration imports nothing it does not name."""
+"""Such a class is a subclass of one of these. By name, so that a check imports nothing that is not named."""
 IMPORTED_MODEL = "pattern_bench.models.imported.ImportedModel"
 """Its ``path`` names something to import and call, as a ``_target_`` does."""
 REMEDY = "name another, or if you trust it to run here, say allow_any_target=true"
