@@ -35,7 +35,7 @@ from pattern_bench.data.file_index import Names, numbers, tensor_of
 from pattern_bench.data.folder import Folder, FolderPool
 from pattern_bench.data.shards import Shards
 from pattern_bench.data.splits import Split, make_splits
-from pattern_bench.engine.streams import MomentStream
+from pattern_bench.engine.statistics_streams import MomentStream
 from pattern_bench.results.schema import write_csv
 from pattern_bench.storage.cache import Cache
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class Source:
 
     regression = False
     cache: Cache | None = None
-    """Where listings and indices of the images are kept; the job sets it before it calls :meth:`pools`."""
+    """Where listings and indices of the images are kept; see :meth:`keeping_in`."""
     signal: Tensor | None = None
     """The true signal direction of a layer's input, where the data are made so that it is known."""
 
@@ -87,6 +88,12 @@ class Source:
         self.name = name
         self.fit, self.probe, self.validation = fit, probe, validation
         self.limit, self.batch_size, self.workers, self.strict = limit, batch_size, workers, strict
+
+    def keeping_in(self, cache: Cache) -> Self:
+        """The same data set, which keeps listings and indices of its images in ``cache``."""
+        source = copy.copy(self)
+        source.cache = cache
+        return source
 
     def pools(self) -> tuple[Pool, Pool | None]:
         """The training images and the validation images; None where the latter are to be drawn from the former.

@@ -89,7 +89,7 @@ class _Speed(ProgressColumn):
 
 
 @dataclass
-class Stages:
+class StageProgress:
     """Runs stages one after the other, and shows how far they are; keeps what each took, and the reasons of those
     skipped. Only the first process shows them.
 
@@ -139,10 +139,19 @@ class Stages:
         if torch.cuda.is_available():
             self.peak_gpu_memory_mib[name] = torch.cuda.max_memory_allocated() >> 20
 
+    def hidden_bar(self) -> Bar:
+        """A bar for what takes no time: it is not shown, and nothing is measured."""
+        progress = Progress(disable=True)
+        return Bar(progress, progress.add_task("", total=None, detail="", unit="", done=0))
+
     def skip(self, name: str, title: str, reason: str) -> None:
-        """Says that a stage cannot apply, and why."""
+        """Say that a stage cannot apply, and why."""
         self.skipped[name] = reason
-        self.console.print(f"{title:<34} skipped: {reason}", highlight=False, soft_wrap=True)
+        self.say(f"{title:<34} skipped: {reason}")
+
+    def say(self, line: str) -> None:
+        """Print a line among the bars."""
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def figures(self) -> dict[str, dict[str, float]]:
         """What the stages took, for the summary."""

@@ -21,11 +21,10 @@ from pattern_bench.processes import collectives
 from pattern_bench.results.complete_run import CONFIG
 from pattern_bench.results.schema import versions, write_csv, write_json
 from pattern_bench.storage.atomic import write_file
+from pattern_bench.storage.stage_state import PARTIAL
 from pattern_bench.storage.tensor_files import write_tensors
 from pattern_bench.storage.untrusted import UNREADABLE, read_json, read_yaml
 from pattern_bench.tracking.trackers import Tracker, check, track
-
-PARTIAL = "partial"
 
 
 class Record:

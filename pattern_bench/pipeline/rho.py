@@ -1,45 +1,35 @@
-"""The stages that measure ρ(S): in closed form, by descent as the paper did, and how sure both are."""
+"""ρ(S) in closed form, and what is made of ρ however it was measured."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from pattern_bench.core.active_moments import FiringMoments, firing_rho
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.memory import fits
 from pattern_bench.core.moments import Moments
-from pattern_bench.core.network import collecting
 from pattern_bench.core.probe_closed_form import CLOSED_FORM, Probe, Target, rho
-from pattern_bench.core.probe_sgd import Correlation, Reader
-from pattern_bench.data.splits import GlobalBatches
 from pattern_bench.engine.progress import Bar
-from pattern_bench.engine.streams import ReadingStream, Seen, fast_layout
-from pattern_bench.engine.training import ReaderDescent
 from pattern_bench.errors import UserError
-from pattern_bench.pipeline.patterns import M, SplitMoments, Sums, all_samples, fit_pattern, measured, where_firing
-from pattern_bench.pipeline.run_pass import Met, met, stream_over
-from pattern_bench.pipeline.setup import Setup, checkpoint
+from pattern_bench.pipeline.machine import Machine
+from pattern_bench.pipeline.moments import M, ProbeStatistics, SplitMoments, ValidationStatistics, measured_neurons
+from pattern_bench.pipeline.patterns import FittedPatterns
+from pattern_bench.pipeline.setup import Setup
+from pattern_bench.pipeline.stage import Done, Result, Stage
 from pattern_bench.processes import collectives
-from pattern_bench.results.schema import BOOTSTRAP_COLUMNS, RHO_COLUMNS, rho_rows
-from pattern_bench.storage.tensor_files import checksum
+from pattern_bench.results.schema import RHO_COLUMNS, rho_rows
 
 log = logging.getLogger(__name__)
-ROUND = 100
-"""Batches, at most, after which descent looks at its loss and keeps its state."""
 AGREEMENT = 0.02
 """A difference in ρ that no figure shows."""
-DESCENT_VERSION = 2
-"""Of what a descent keeps; another's is begun again."""
-Tell = Callable[[int, dict[str, float]], None]
 
 
 def probes(setup: Setup) -> list[str]:
@@ -48,65 +38,61 @@ def probes(setup: Setup) -> list[str]:
     return ["closed_form", "sgd"] if name == "both" else [name]
 
 
-def _rows(setup: Setup, layer: str, values: Tensor, dead: Tensor, probe: str) -> pd.DataFrame:
+def layer_rows(setup: Setup, layer: str, values: Tensor, dead: Tensor, probe: str) -> pd.DataFrame:
+    """A layer's rows of ``rho.csv``, from ρ (N,) and which neurons are dead (N,)."""
     common = {**setup.names, "estimator": setup.estimator.name, "criterion": setup.cfg.criterion, "probe": probe}
     return rho_rows(layer, setup.all_layers.index(layer), values, dead, common)
 
 
 def missing_rho(setup: Setup) -> pd.DataFrame:
-    """Rows without rho, for an estimator that has none."""
+    """Rows without ρ, for an estimator that has none."""
     tables = []
     for probe in probes(setup):
         for layer in setup.layers:
             count = len(setup.weight(layer))
             nothing, alive = torch.full((count,), torch.nan), torch.zeros(count, dtype=torch.bool)
-            tables.append(_rows(setup, layer, nothing, alive, probe))
+            tables.append(layer_rows(setup, layer, nothing, alive, probe))
     return pd.concat(tables, ignore_index=True)
-
-
-# --- closed form ---
-
-
-def sums(setup: Setup) -> Sums:
-    """What the closed form needs of a split."""
-    return all_samples(setup, gram=True) if setup.cfg.criterion in CLOSED_FORM else where_firing(setup)
 
 
 def closed_form(
     setup: Setup,
+    device: torch.device,
     patterns: Mapping[str, Pattern],
-    probe: SplitMoments,
-    test: SplitMoments,
+    probe: SplitMoments[Any],
+    test: SplitMoments[Any],
     bar: Bar,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    """rho of every neuron, under ``positive`` of the measured ones, and the regularisation that each layer needed; in
+    """ρ of every neuron, under ``positive`` of the measured ones, and the regularisation that each layer needed; in
     the first process, where moments are."""
     tables, regularisation = [], {}
     if not collectives.first():
         return pd.DataFrame(columns=list(RHO_COLUMNS)), {}
     bar.start(len(patterns))
     for layer, pattern in patterns.items():
-        values, regularisation[layer] = _layer_rho(setup, layer, pattern, probe[layer], test[layer])
-        rows = _rows(setup, layer, values, pattern.dead, "closed_form")
+        values, regularisation[layer] = layer_rho(setup, device, layer, pattern, probe[layer], test[layer])
+        rows = layer_rows(setup, layer, values, pattern.dead, "closed_form")
         if setup.cfg.criterion not in CLOSED_FORM:
-            rows = rows.iloc[measured(setup, layer).numpy()]
+            rows = rows.iloc[measured_neurons(setup, layer).numpy()]
         tables.append(rows)
         bar.advance(detail=layer)
     return pd.concat(tables, ignore_index=True), regularisation
 
 
-def _layer_rho(setup: Setup, layer: str, pattern: Pattern, probe: M, test: M) -> tuple[Tensor, float]:
+def layer_rho(
+    setup: Setup, device: torch.device, layer: str, pattern: Pattern, probe: M, test: M
+) -> tuple[Tensor, float]:
     """rho (N,), NaN for those not measured, and the regularisation, computed on the device, or on the CPU where Gram
     matrices find no room there."""
     found: list[tuple[Tensor, float]] = []
 
-    def compute(device: torch.device) -> None:
-        found.append(_layer_rho_on(device, setup, layer, pattern, probe, test))
+    def compute(place: torch.device) -> None:
+        found.append(_layer_rho_on(place, setup, layer, pattern, probe, test))
 
-    for device in dict.fromkeys((setup.device, torch.device("cpu"))):
-        if fits(functools.partial(compute, device)):
+    for place in dict.fromkeys((device, torch.device("cpu"))):
+        if fits(functools.partial(compute, place)):
             return found[0]
-        log.warning("out of memory with ρ of layer %s on %s", layer, device)
+        log.warning("out of memory with ρ of layer %s on %s", layer, place)
     raise UserError(
         f"the memory is too small for ρ of layer {layer}, whose Gram matrix has {_columns(probe)} columns: "
         "leave it out (layer), or give probe=sgd"
@@ -124,7 +110,7 @@ def _layer_rho_on(
     ridge = setup.cfg.probe.regularisation
     try:
         if isinstance(probe, FiringMoments):
-            neurons = measured(setup, layer).to(device)
+            neurons = measured_neurons(setup, layer).to(device)
             some = Pattern(*(tensor[neurons] for tensor in vars(here).values()))
             weight = setup.weight(layer).to(device)[neurons]
             found, used = firing_rho(probe.to(device), test.to(device), weight, some, ridge, setup.memory)
@@ -138,155 +124,6 @@ def _layer_rho_on(
     regularisation = fitted.regularisation
     del fitted  # its factor is as large as the Gram matrix that comes next
     return rho(direction, test.to(device), here, target, setup.memory), regularisation
-
-
-# --- descent ---
-
-
-def descent(
-    setup: Setup, patterns: Mapping[str, Pattern], fit_bar: Bar, tell: Tell, listened: bool
-) -> tuple[dict[str, Reader], dict[str, Any], Met]:
-    """Readers of the selected layers, fitted on the probe split; what the descent took; what it met.
-
-    The readers of the round with the lowest loss are kept in the run's ``checkpoints``, and are those returned. Every
-    round's number is told as soon as it is over, with its ``loss``, and the ``rho`` of some validation images;
-    those of an interrupted run again, at once. That ρ is NaN, and costs nothing, unless somebody ``listened``.
-    """
-    cfg, split = setup.cfg.probe, setup.splits["probe"]
-    layers: dict[str, Any] = {layer: setup.model.get_submodule(layer) for layer in patterns}
-    readers = {
-        layer: Reader(layers[layer], pattern, setup.cfg.criterion, cfg.regularisation).to(setup.device)
-        for layer, pattern in patterns.items()
-    }
-    setup.model.to(setup.device)
-    used = {f"{layer}/{part}": tensor for layer, p in patterns.items() for part, tensor in vars(p).items()}
-    parts = {
-        "version": DESCENT_VERSION, "model": setup.model_key, "images": split.fingerprint,
-        "patterns": checksum(used, {}), "seed": setup.cfg.seed,
-        "criterion": setup.cfg.criterion, "probe": dict(cfg), "batch_size": setup.source.batch_size,
-    }  # fmt: skip
-    partial = setup.partial("readers", **parts)
-    batches = GlobalBatches(
-        len(split), setup.source.batch_size, setup.cfg.seed, collectives.rank(), collectives.size(), most=ROUND
-    )
-    module = ReaderDescent(setup.model, readers, cfg.learning_rate, cfg.steps, batches)
-    if (kept := partial.load()) is not None:
-        state = kept[0]
-        module.load_state_dict({name: tensor for name, tensor in state.items() if name.startswith("readers.")})
-        took = {"steps": int(state["steps"]), "loss": float(state["loss"]), "stopped_early": bool(state["early"])}
-        for epoch, values in enumerate(state["rounds"].tolist()):
-            tell(epoch, dict(zip(("loss", "rho"), values, strict=True)))
-        return readers, took, met(split, Seen.from_tensors(state))
-    _calibrate(setup, module)
-    fit_bar.start(cfg.steps, unit="steps")
-    best = ModelCheckpoint(setup.folder / "checkpoints", "readers-{step}", monitor="loss", save_on_train_epoch_end=True)
-    patience = EarlyStopping("loss", patience=cfg.patience, min_delta=1e-5, check_on_train_epoch_end=True)
-    # Last, so that it holds what the others have come to.
-    every_round, last = checkpoint(setup.folder, f"readers-{partial.key}")
-    trainer = setup.trainer(
-        fit_bar,
-        _Telling(module, tell, _held_out(setup, module, patterns, listened)),
-        best,
-        patience,
-        every_round,
-        max_epochs=-1,
-    )
-    loader = split.shuffled(batches, setup.source.workers)
-    if not fits(lambda: trainer.fit(module, loader, ckpt_path=last, weights_only=True)):
-        raise module.too_small("the readers of all layers and what Adam keeps of them")
-    state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-    state = {name: tensor for name, tensor in state.items() if name.startswith("readers.")}
-    module.load_state_dict(state)
-    loss = float(best.best_model_score or 0)
-    took = {"steps": trainer.global_step, "loss": loss, "stopped_early": patience.stopped_epoch > 0}
-    ends = {"steps": trainer.global_step, "loss": loss, "early": took["stopped_early"]}
-    end = {name: torch.tensor(value, dtype=torch.float64) for name, value in ends.items()}
-    rounds = torch.tensor([[values["loss"], values["rho"]] for values in module.rounds], dtype=torch.float64)
-    partial.save(state | end | {"rounds": rounds} | module.seen.tensors(), len(split))
-    return readers, took, met(split, module.seen)
-
-
-class _Telling(pl.Callback):
-    """Tells of every round."""
-
-    def __init__(self, module: ReaderDescent, tell: Tell, measure: Callable[[], float]) -> None:
-        self.module, self.tell, self.measure = module, tell, measure
-
-    def on_train_start(self, *_: Any) -> None:
-        for epoch, values in enumerate(self.module.rounds):
-            self.tell(epoch, values)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.module.rounds.append({"loss": float(trainer.callback_metrics["loss"]), "rho": self.measure()})
-        self.tell(len(self.module.rounds) - 1, self.module.rounds[-1])
-
-
-def _held_out(
-    setup: Setup, module: ReaderDescent, patterns: Mapping[str, Pattern], listened: bool
-) -> Callable[[], float]:
-    """What measures the mean ρ of the live neurons, as the readers are now, on the first validation images: a batch at
-    most, and few beside those of a round, since it is measured after every round.
-
-    The loss has the regularisation in it, and is of the images that the readers are fitted on. This can be compared
-    between runs with another one. It is NaN where nobody listened, and where no image can be read.
-    """
-    split = setup.splits["validation"]
-    few = max(32, len(setup.splits["probe"]) // 10)
-    images = split.batch(range(min(few, setup.source.batch_size, len(split)))).images if listened else None
-    readers: dict[str, Any] = dict(zip(module.names, module.readers, strict=True))
-
-    def measure() -> float:
-        if images is None:
-            return float("nan")
-        total = {name: Correlation(reader) for name, reader in readers.items()}
-
-        def take(part: slice) -> None:
-            watched = {name: Correlation(reader) for name, reader in readers.items()}
-            with torch.no_grad(), collecting(setup.model, watched):
-                setup.model(fast_layout(images[part].to(setup.device)))
-            for name, correlation in watched.items():
-                total[name].sums += correlation.sums
-
-        module.in_parts(len(images), take)
-        return float(torch.cat([total[name].rho().cpu()[~patterns[name].dead.cpu()] for name in total]).nanmean())
-
-    return measure
-
-
-def _calibrate(setup: Setup, module: ReaderDescent) -> None:
-    """Shows the readers one batch, the same in every process, or as much of it as the memory of each is enough for."""
-    split = setup.splits["probe"]
-    loader = setup.loader(split, split.share(len(split)))
-    batch = next((batch for batch in loader if batch.images is not None), None)
-    if batch is None:
-        raise UserError(f"none of the {len(split)} images of the probe split can be read: mend the files")
-    images = batch.images.to(setup.device)
-    while not _everywhere(fits(functools.partial(module.calibrate, images, batch.positions))):
-        module.halve(len(images))
-        images = images[: module.most]
-
-
-def _everywhere(fine: bool) -> bool:
-    """Whether it is so in every process."""
-    return int(collectives.total(torch.tensor(int(fine)))) == collectives.size()
-
-
-def measure_readers(
-    setup: Setup, patterns: Mapping[str, Pattern], readers: Mapping[str, Reader], bar: Bar
-) -> tuple[pd.DataFrame, Met]:
-    """rho of every neuron from what the readers read on the validation images."""
-    split = setup.splits["validation"]
-    stream = ReadingStream(setup.model, readers)
-    partial = setup.partial("read", images=split.fingerprint, readers=checksum(stream.readers.state_dict(), {}),
-                            model=setup.model_key, criterion=setup.cfg.criterion)  # fmt: skip
-    bar.start(0, unit="images")
-    stream_over(setup, stream, split, partial, bar)
-    here = met(split, stream.seen)
-    tables = []
-    for layer, correlation in stream.watchers.items():
-        correlation.sums = collectives.total(correlation.sums)
-        tables.append(_rows(setup, layer, correlation.rho(), patterns[layer].dead, "sgd"))
-    return pd.concat(tables, ignore_index=True), here
 
 
 def difference(rho: pd.DataFrame) -> dict[str, Any]:
@@ -310,51 +147,40 @@ def difference(rho: pd.DataFrame) -> dict[str, Any]:
     return {"all": figures(apart), "layers": layers}
 
 
-# --- uncertainty ---
+# --- the stage ---
 
 
-def bootstrap(
-    setup: Setup, fit: SplitMoments[Moments], probe: SplitMoments, test: SplitMoments, bar: Bar
-) -> pd.DataFrame:
-    """Mean and median of rho over live neurons, by layer, with the images of every split drawn again in chunks; in the
-    first process, which has the moments.
+@dataclass(frozen=True, kw_only=True)
+class ClosedFormRho(Result):
+    """ρ of every neuron, in the first process.
 
-    Patterns, v and ρ are all computed anew for each draw, so the spread is that of the whole procedure.
+    Attributes:
+        table: rows of ``rho.csv``.
+        regularisation: that each layer needed.
     """
-    settings = setup.cfg.bootstrap
-    rows: list[dict[str, Any]] = []
-    bar.start(settings.resamples * len(setup.layers))
-    for layer in setup.layers if collectives.first() else ():
-        chunks = {"fit": fit.pieces(layer), "probe": probe.pieces(layer), "validation": test.pieces(layer)}
-        for resample in range(settings.resamples):
-            # The same draws for every layer.
-            generator = torch.Generator().manual_seed(setup.seed(f"bootstrap {resample}"))
-            drawn = {split: _drawn(sums, generator) for split, sums in chunks.items()}
-            pattern = fit_pattern(setup, layer, drawn["fit"])
-            values, _ = _layer_rho(setup, layer, pattern, drawn["probe"], drawn["validation"])
-            live = values[~pattern.dead.to(values.device)]
-            live = live[~live.isnan()]
-            rows.append(
-                {
-                    **setup.names,
-                    "layer": layer,
-                    "layer_index": setup.all_layers.index(layer),
-                    "estimator": setup.estimator.name,
-                    "criterion": setup.cfg.criterion,
-                    "probe": "closed_form",
-                    "resample": resample,
-                    "mean": float(live.mean()),
-                    "median": float(live.quantile(0.5)) if len(live) else float("nan"),
-                }
-            )
-            bar.advance(detail=layer)
-    return pd.DataFrame(rows, columns=list(BOOTSTRAP_COLUMNS))
+
+    table: pd.DataFrame
+    regularisation: Mapping[str, float] = field(default_factory=dict)
 
 
-def _drawn(chunks: list[M], generator: torch.Generator) -> M:
-    """The sum of as many chunks, drawn with replacement."""
-    counts = torch.randint(len(chunks), (len(chunks),), generator=generator).bincount(minlength=len(chunks))
-    kept = [sums.times(count) for sums, count in zip(chunks, counts.tolist(), strict=True) if count]
-    for sums in kept[1:]:
-        kept[0].add_(sums)
-    return kept[0]
+@dataclass(frozen=True)
+class MeasureClosedForm(Stage[ClosedFormRho]):
+    """Measure ρ(S) of every neuron in closed form."""
+
+    setup: Setup
+    machine: Machine
+    name = "rho"
+    title = "ρ(S) of every neuron"
+
+    def why_skipped(self) -> str | None:
+        return None if self.setup.estimator.has_pattern else self.setup.estimator.no_pattern_reason
+
+    def without(self, reason: str) -> ClosedFormRho:
+        return ClosedFormRho(table=missing_rho(self.setup), skipped=reason)
+
+    def run(self, done: Done, bar: Bar) -> ClosedFormRho:
+        probe, test = done[ProbeStatistics].moments, done[ValidationStatistics].moments
+        table, regularisation = closed_form(
+            self.setup, self.machine.device, done[FittedPatterns].patterns, probe, test, bar
+        )
+        return ClosedFormRho(table=table, regularisation=regularisation)

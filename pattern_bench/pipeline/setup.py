@@ -1,19 +1,19 @@
-"""What every stage of a job needs: data, splits and network, with every setting checked before long work starts."""
+"""What a run is about, built from its settings: data, splits, network, estimator and method.
+
+Every setting is checked before long work starts.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -22,35 +22,47 @@ from pattern_bench.core import weight_digests
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.estimators import Estimator
 from pattern_bench.core.half_precision import images_for, widened
-from pattern_bench.core.memory import fits
 from pattern_bench.core.network import layers_in_order, select_layers
 from pattern_bench.core.outputs import as_logits
 from pattern_bench.core.probe_closed_form import CRITERIA
 from pattern_bench.data.base import Source
-from pattern_bench.data.splits import GlobalBatches, Split, Unreadable, joined, make_splits
-from pattern_bench.engine.progress import Bar, LightningBar
-from pattern_bench.engine.trainer import make_trainer
-from pattern_bench.engine.training import Learner
+from pattern_bench.data.splits import Split, Unreadable, make_splits
+from pattern_bench.engine.progress import Bar
 from pattern_bench.errors import UserError, did_you_mean
+from pattern_bench.methods.base import kind_of
+from pattern_bench.methods.patterns import LrpZ, PatternAttribution
 from pattern_bench.metrics.degradation import ORDERS, REPLACEMENTS
-from pattern_bench.models.base import ModelSource, Training, fingerprint
-from pattern_bench.processes import collectives
-from pattern_bench.processes.launch import threads_as_alone
-from pattern_bench.storage.cache import Cache, key_of
-from pattern_bench.storage.stage_state import Partial
-
-TRAINING_VERSION = 3
+from pattern_bench.models.base import ModelSource, fingerprint
+from pattern_bench.pipeline.machine import Machine
+from pattern_bench.pipeline.train import check_trainable, train
+from pattern_bench.storage.cache import Cache
 
 
-@dataclass
+@dataclass(frozen=True)
 class Setup:
-    """Data, network and settings, checked."""
+    """Data, network and what is asked about them, checked.
+
+    Attributes:
+        cfg: the settings of the run.
+        source: the data set.
+        splits: ``fit``, ``probe`` and ``validation``.
+        model_name: as it stands in the results.
+        classifier: whether the network has answers to explain.
+        model: the network in canonical form.
+        model_key: its fingerprint; empty until it has its weights.
+        all_layers: names of its Conv and Linear layers, in the order they run.
+        layers: those that ``layer`` selects.
+        estimator: of the signal.
+        method: the class that explains, or a ``functools.partial`` of it, still to be given the network.
+        method_uses_estimator: whether what the method shows depends on the estimator.
+        sample: one image (C, ...), as the network takes it.
+        outputs: how many the network has.
+        belongs_to: digests of the network's weights as it came (``core.weight_digests``).
+    """
 
     cfg: DictConfig
-    folder: Path
-    cache: Cache
     source: Source
-    splits: dict[str, Split]
+    splits: Mapping[str, Split]
     model_name: str
     classifier: bool
     model: nn.Module
@@ -58,34 +70,24 @@ class Setup:
     all_layers: list[str]
     layers: list[str]
     estimator: Estimator
+    method: Any
+    method_uses_estimator: bool
     sample: Tensor
     outputs: int
-    belongs_to: dict[str, str] = field(default_factory=dict)
-    """The weights of the network as it came, before it was brought into canonical form (``core.belonging``)."""
+    belongs_to: Mapping[str, str]
 
     @property
     def names(self) -> dict[str, str]:
+        """What the results call model and data."""
         return {"model": self.model_name, "data": self.source.name}
 
     @property
-    def device(self) -> torch.device:
-        return self.trainer().strategy.root_device
-
-    def trainer(self, bar: Bar | None = None, *callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
-        bars = [] if bar is None else [LightningBar(bar)]
-        return make_trainer(self.cfg.trainer, [*bars, *callbacks], **settings)
+    def method_name(self) -> str:
+        return kind_of(self.method).name
 
     def loader(self, split: Split, positions: Iterable[int], batch_size: int | None = None) -> DataLoader:
+        """Batches of a split's images."""
         return split.loader(positions, batch_size or self.source.batch_size, self.source.workers)
-
-    def partial(self, stage: str, **parts: Any) -> Partial:
-        """The unfinished state of a stage, which depends on ``parts``."""
-        return Partial(self.folder, stage, key_of(**{**parts, **self.arithmetic}), self.cfg.checkpoint.seconds)
-
-    @property
-    def arithmetic(self) -> dict[str, Any]:
-        """The part of every key that says how products are rounded, where that is not as usual."""
-        return {"tf32": True} if self.cfg.trainer.get("tf32") else {}
 
     def seed(self, layer: str) -> int:
         """A seed of its own for what is drawn for a layer."""
@@ -102,58 +104,81 @@ class Setup:
         return self.model.get_submodule(layer).weight.flatten(1).double().cpu()  # type: ignore[operator]
 
 
-def prepare(cfg: DictConfig, folder: Path, bar: Bar, check: Callable[[Setup], None]) -> Setup:
-    """Data, splits and network, every setting checked; trains the network where it comes without weights.
+def prepare(cfg: DictConfig, machine: Machine, bar: Bar, check: Callable[[Setup], None]) -> Setup:
+    """Build data, splits and network, and train the network where it comes without weights.
 
-    ``check`` refuses, before that, what the stages to come cannot do; the setup's model is not trained then.
+    Args:
+        cfg: the settings of the run.
+        machine: where the network is trained, and where listings of images and trained weights are kept.
+        bar: moved where every image is read, and by training.
+        check: refuses, before the network is trained, what the stages to come cannot do.
+
+    Raises:
+        UserError: for a setting that is not possible, or does not fit another.
     """
-    cache = Cache(cfg.cache.dir, cfg.cache.gib)
     estimator: Estimator = build(cfg.estimator)
     model_source: ModelSource = build(cfg.model)
-    source: Source = build(cfg.data)
-    source.cache = cache
+    source: Source = build(cfg.data).keeping_in(machine.cache)
     _check_numbers(cfg)
-    splits = make_splits(source, cfg.seed)
-    _check_bootstrap(cfg, cache, splits)
-    transform = model_source.transform() or source.transform()
-    for split in splits.values():
-        split.transform = transform
+    splits: Mapping[str, Split] = make_splits(source, cfg.seed)
+    _check_bootstrap(cfg, machine.cache, splits)
+    splits = _transformed(splits, model_source.transform() or source.transform())
     if source.strict:
         _read_all(splits, bar)
     sample = _sample(splits["fit"])
-    pool = splits["fit"].pool
 
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    built = widened(model_source.build(sample, pool.classes))
-    sample = _in_precision_of(built, sample, splits)
+    built = widened(model_source.build(sample, splits["fit"].pool.classes))
+    sample, splits = _in_precision_of(built, sample, splits)
     logits, outputs = _logits(built, sample, model_source, source.name)
     network = canonical(logits, sample[None])  # before any training, so that what is refused is refused at once
     names = layers_in_order(network, sample[None])
     if not names:
         raise UserError(f"model={model_source.name} has no Conv or Linear layer to examine: choose another model")
     _check_finite(network, cfg)
+    method, uses_estimator = _method(cfg, estimator)
     setup = Setup(
-        cfg, folder, cache, source, splits, model_source.name, model_source.classifier, network, "", names,
-        select_layers(names, layer_setting(cfg)), estimator, sample, outputs,
+        cfg=cfg, source=source, splits=splits, model_name=model_source.name, classifier=model_source.classifier,
+        model=network, model_key="", all_layers=names, layers=select_layers(names, layer_setting(cfg)),
+        estimator=estimator, method=method, method_uses_estimator=uses_estimator, sample=sample, outputs=outputs,
+        belongs_to={},
     )  # fmt: skip
     check(setup)
     if model_source.training is not None:
-        if pool.labels is None:
-            raise UserError(
-                f"model={model_source.name} has no weights and data={source.name} no labels to train it on: "
-                "give model.weights=FILE, or images in one subfolder per class"
-            )
-        if outputs == 1 and not source.regression and pool.classes != 2:
-            raise UserError(
-                f"model={model_source.name} has one output and data={source.name} {pool.classes} classes: one output "
-                "tells two classes apart, so choose a model with as many outputs as classes"
-            )
-        _train(setup, logits, model_source.training, bar)
-        setup.model = canonical(logits, sample[None])
-        _check_finite(setup.model, cfg)
-    setup.model_key = fingerprint(setup.model, _settings(cfg.model))
-    setup.belongs_to = weight_digests.belongs_to(built, sample[None], setup.layers)
-    return setup
+        check_trainable(model_source, source, splits["fit"].pool, outputs)
+        train(logits, model_source, source, splits, _model_settings(cfg.model), cfg.seed, machine, bar)
+        network = canonical(logits, sample[None])
+        _check_finite(network, cfg)
+    return replace(
+        setup,
+        model=network,
+        model_key=fingerprint(network, _model_settings(cfg.model)),
+        belongs_to=weight_digests.belongs_to(built, sample[None], setup.layers),
+    )
+
+
+def _method(cfg: DictConfig, estimator: Estimator) -> tuple[Any, bool]:
+    """The method to explain with, and whether it is the estimator's. Under S_x, PatternAttribution is the z-rule.
+
+    Raises:
+        UserError: where it needs patterns and the estimator has none.
+    """
+    method = build(cfg.method)
+    kind = kind_of(method)
+    if not kind.needs_patterns:
+        return method, False
+    if estimator.has_pattern:
+        return method, True
+    if kind is PatternAttribution:
+        return LrpZ, True
+    raise UserError(
+        f"method={kind.name} needs patterns, and estimator={estimator.name} has none: choose another "
+        "estimator, or a method without patterns such as lrp_z"
+    )
+
+
+def _transformed(splits: Mapping[str, Split], transform: Callable[[Any], Tensor]) -> dict[str, Split]:
+    return {name: replace(split, transform=transform) for name, split in splits.items()}
 
 
 @dataclass(frozen=True)
@@ -167,16 +192,17 @@ class _Cast:
         return self.transform(image).to(self.dtype)
 
 
-def _in_precision_of(network: nn.Module, sample: Tensor, splits: Mapping[str, Split]) -> Tensor:
-    """``sample`` as the network takes it; the images of the splits will come in that precision, too."""
+def _in_precision_of(
+    network: nn.Module, sample: Tensor, splits: Mapping[str, Split]
+) -> tuple[Tensor, Mapping[str, Split]]:
+    """``sample`` as the network takes it, and the splits with images in that precision, too."""
     cast = images_for(network, sample)
     if cast.dtype != sample.dtype:
-        for split in splits.values():
-            split.transform = _Cast(split.transform, cast.dtype)
-    return cast
+        splits = {name: replace(split, transform=_Cast(split.transform, cast.dtype)) for name, split in splits.items()}
+    return cast, splits
 
 
-def _settings(model: DictConfig) -> dict[str, Any]:
+def _model_settings(model: DictConfig) -> dict[str, Any]:
     """The settings of a model that neither its printed form nor its weights may show, such as an activation's slope.
 
     Left out are its name, how it was trained, and which file its weights came from.
@@ -303,56 +329,3 @@ def _logits(model: nn.Module, sample: Tensor, source: ModelSource, data: str) ->
             f"model={source.name} cannot take data={data}, whose images have shape {tuple(sample.shape)} "
             f"({str(error).splitlines()[0]}): choose a model and data that fit"
         ) from error
-
-
-def _train(setup: Setup, model: nn.Module, training: Training, bar: Bar) -> None:
-    """Gives ``model`` trained weights, from the cache where an earlier job left them. The first process trains, so that
-    they are the same however many there are."""
-    if collectives.first():
-        _train_here(setup, model, training, bar)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.copy_(collectives.from_first(tensor))
-
-
-def _train_here(setup: Setup, model: nn.Module, training: Training, bar: Bar) -> None:
-    images = joined(setup.splits["fit"], setup.splits["probe"])
-    # The initial weights stand for the architecture; where they are constant, the seed still orders the batches.
-    key = key_of(
-        version=TRAINING_VERSION, images=images.fingerprint, initial=fingerprint(model, _settings(setup.cfg.model)),
-        training=vars(training), seed=setup.cfg.seed, regression=setup.source.regression, **setup.arithmetic,
-    )  # fmt: skip
-    with setup.cache.lock("models", key):
-        entry = setup.cache.load("models", key)
-        if entry is not None:
-            model.load_state_dict(entry[0])
-            return
-        batches = GlobalBatches(len(images), training.batch_size, setup.cfg.seed)
-        bar.start(training.epochs * len(images), "training", "images")
-        learner = Learner(model, training, setup.source.regression, batches)
-        device = setup.device
-        every_epoch, last = checkpoint(setup.folder, f"training-{key}")
-        alone = {"devices": 1, "num_nodes": 1, "strategy": SingleDeviceStrategy(device)}
-        trainer = setup.trainer(bar, every_epoch, max_epochs=training.epochs, **alone)
-        loader = images.shuffled(batches, setup.source.workers)
-        model.train()
-        with threads_as_alone():
-            done = fits(lambda: trainer.fit(learner, loader, ckpt_path=last, weights_only=True))
-        model.eval()
-        if not done:
-            raise learner.too_small("the model and what Adam keeps of it")
-        setup.cache.save("models", key, model.state_dict(), setup.names)
-
-
-def checkpoint(folder: Path, name: str) -> tuple[ModelCheckpoint, Path | None]:
-    """Keeps Lightning's state after every epoch; and the file with it, where an earlier run left one."""
-    file = folder / "partial" / f"{name}.ckpt"
-    keep = _Checkpoint(file.parent, name, save_on_train_epoch_end=True, enable_version_counter=False)
-    return keep, file if file.is_file() else None
-
-
-class _Checkpoint(ModelCheckpoint):
-    """Lightning's, but that it takes no file's word for which other files there are: it would remove them."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass

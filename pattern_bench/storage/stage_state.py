@@ -16,6 +16,8 @@ from pattern_bench.storage.tensor_files import read_tensors, write_tensors
 log = logging.getLogger(__name__)
 SHARE = 0.03
 """Of the time, at most, goes into keeping."""
+PARTIAL = "partial"
+"""The folder, in the run's, of what is unfinished."""
 GUESSED_RATE = 2e8
 """Bytes per second that a disk is taken to write before it has been timed."""
 
@@ -49,7 +51,7 @@ class Partial:
     """
 
     def __init__(self, folder: Path, stage: str, key: str, seconds: float) -> None:
-        self.path = folder / "partial" / f"{stage}-{collectives.rank()}-of-{collectives.size()}.safetensors"
+        self.path = folder / PARTIAL / f"{stage}-{collectives.rank()}-of-{collectives.size()}.safetensors"
         self.key, self.seconds = key, seconds
         self.cost: float | None = None
         self.last = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the gallery and the sanity checks have in common: the methods that their configuration names, made and run."""
+"""Methods that the settings name: checked before anything is computed, and given their network and patterns."""
 
 from __future__ import annotations
 
@@ -16,14 +16,49 @@ from pattern_bench.core.estimators import Pattern
 from pattern_bench.engine.streams import fast_layout
 from pattern_bench.errors import UserError, did_you_mean
 from pattern_bench.methods.base import Method, create, kind_of
-from pattern_bench.pipeline.explain import check_method
 from pattern_bench.pipeline.setup import Setup
 from pattern_bench.processes.launch import processes_per_node
 
-SLOW = ("occlusion", "prediction_difference")
-"""Methods with hundreds of forward passes per image: shown when asked for."""
 JOB_ONLY = ("criterion", "probe", "bootstrap", "explanation", "degradation", "layer", "method", "curve")
-"""Settings of the job that neither command has a use for."""
+"""Settings of the job that neither the gallery nor the sanity checks have a use for."""
+
+
+# --- one method ---
+
+
+def check_method(setup: Setup, method: Any) -> None:
+    """Make a method once, with the weights for patterns, so that it can refuse its settings before anything is
+    computed.
+
+    Raises:
+        UserError: the method's own.
+    """
+    weights: dict[str, Any] = {name: setup.model.get_submodule(name).weight for name in setup.all_layers}
+    own = {name: Pattern(w, w, torch.zeros(len(w), dtype=torch.bool)) for name, w in weights.items()}
+    create(method, setup.model, own, setup.sample[None])
+
+
+def build_method(setup: Setup, device: torch.device, patterns: Mapping[str, Pattern]) -> Method:
+    """The run's method, given its network and patterns."""
+    return create(setup.method, setup.model, patterns, reference_images(setup, device, [setup.method]))
+
+
+def reference_images(setup: Setup, device: torch.device, methods: Iterable[Any]) -> Tensor | None:
+    """Images whose parts may take the place of others', the first of the fit split; None where no method asks.
+
+    Raises:
+        UserError: where none of them can be read.
+    """
+    if not any(kind_of(method).takes_reference for method in methods):
+        return None
+    split = setup.splits["fit"]
+    images = split.batch(range(min(100, len(split)))).images
+    if images is None:
+        raise UserError("none of the first 100 images of the fit split can be read: mend the files")
+    return images.to(device)
+
+
+# --- several, as of the gallery and the sanity checks ---
 
 
 def refuse_unused(overrides: Iterable[str], command: str, unused: Sequence[str] = JOB_ONLY) -> None:
@@ -65,13 +100,16 @@ def names_shown(cfg: DictConfig, choices: Mapping[str, Any], default: Sequence[s
     return list(dict.fromkeys(names))
 
 
-def chosen_methods(cfg: DictConfig, default: Sequence[str]) -> dict[str, Any]:
-    """The methods that are shown, by name, still to be given their network."""
-    return {name: build(cfg.methods[name]) for name in names_shown(cfg, cfg.methods, default)}
+def methods_shown(cfg: DictConfig, passes: Sequence[str]) -> dict[str, Any]:
+    """The methods that are shown, by name, still to be given their network: those that ``cfg.show`` names, or else
+    all that take so many ``passes``, as :attr:`Method.passes` says it."""
+    built = {str(name): build(cfg.methods[name]) for name in cfg.methods}
+    default = [name for name, method in built.items() if kind_of(method).passes in passes]
+    return {name: built[name] for name in names_shown(cfg, built, default)}
 
 
 def check_methods(setup: Setup, methods: Mapping[str, Any]) -> None:
-    """Makes every method once, so that it can refuse its settings before anything is computed.
+    """Make every method once, so that it can refuse its settings before anything is computed.
 
     Raises:
         UserError: the method's own; where the network has no classifier or the data no images; where a method needs
