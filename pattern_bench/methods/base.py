@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,38 @@ class Method:
     """
 
     name: ClassVar[str]
+    """In settings and in the files of runs."""
+    label: ClassVar[str]
+    """In tables and legends; the ``name`` unless a class says otherwise."""
+    panel: ClassVar[str]
+    """Above its picture in ``explanations.png``. One that starts with ``signal`` is drawn in colour. The ``name``,
+    after ``signal, `` where it shows one, unless a class says otherwise."""
+    place: ClassVar[int] = 99
+    """In tables and legends: lower stands first, equal ones by name."""
     kind: ClassVar[str]
+    """``function``, ``signal`` or ``attribution``: what the explanation shows."""
     needs_patterns: ClassVar[bool] = False
     takes_reference: ClassVar[bool] = False
+    passes: ClassVar[Literal["one", "tens", "hundreds"]] = "one"
+    """How often it runs the network for an image: ``one`` pass, or a few, forward and back; ``tens``, of copies of the
+    image; ``hundreds``, of which a window each is changed. The sanity checks leave out all but ``one`` unless they are
+    named, the gallery and the sweep of curves ``hundreds``."""
     many_passes: ClassVar[bool] = False
-    """Whether an image takes so long that images are explained, and kept, one at a time."""
+    """Whether an image takes so long that images are explained, and kept, one at a time; so it is where ``passes`` is
+    not ``one``."""
+    no_curve_reason: ClassVar[str] = ""
+    """Why it is left out of the sweep of degradation curves (``sweep=fig4a``) though ``passes`` would let it in."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        # Labels are not inherited: a class that extends another one is not that one.
+        super().__init_subclass__(**options)
+        if hasattr(cls, "name"):
+            if "label" not in vars(cls):
+                cls.label = cls.name
+            if "panel" not in vars(cls):
+                cls.panel = f"signal, {cls.name}" if getattr(cls, "kind", "") == "signal" else cls.name
+        if "passes" in vars(cls) and "many_passes" not in vars(cls):
+            cls.many_passes = cls.passes != "one"
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):

@@ -24,6 +24,7 @@ class Gradient(Method):
     """The gradient of the target's output with respect to the input (Simonyan et al. 2014)."""
 
     name = "gradient"
+    place = 5
     kind = "function"
 
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
@@ -47,6 +48,8 @@ class DeConvNet(_Rectified):
     """
 
     name = "deconvnet"
+    label = "DeConvNet"
+    place = 6
     kind = "signal"
     gated = False
 
@@ -59,6 +62,8 @@ class GuidedBackProp(_Rectified):
     """
 
     name = "guided_backprop"
+    label = "Guided BackProp"
+    place = 7
     kind = "signal"
     gated = True
 
@@ -79,7 +84,9 @@ class IntegratedGradients(Method):
     """
 
     name = "integrated_gradients"
-    many_passes = True
+    label = "Integrated Gradients"
+    place = 8
+    passes = "tens"
     kind = "attribution"
 
     def __init__(self, model: nn.Module, steps: int = 50, baseline: float = 0.0, batch_size: int = 16) -> None:
@@ -116,7 +123,9 @@ class SmoothGrad(Method):
     """
 
     name = "smoothgrad"
-    many_passes = True
+    label = "SmoothGrad"
+    place = 9
+    passes = "tens"
     kind = "attribution"
 
     def __init__(

@@ -11,7 +11,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,6 +184,9 @@ class PatternNet(_PatternMethod):
     """
 
     name = "pattern_net"
+    label = "PatternNet"
+    panel = "signal"
+    place = 1
     kind = "signal"
 
     @staticmethod
@@ -200,6 +203,9 @@ class PatternAttribution(_PatternMethod):
     """
 
     name = "pattern_attribution"
+    label = "PatternAttribution"
+    panel = "attribution"
+    place = 2
     kind = "attribution"
 
     @staticmethod
@@ -220,7 +226,10 @@ class DtdW2(_Layerwise):
     """
 
     name = "dtd_w2"
+    label = "w²-rule"
+    place = 4
     kind = "attribution"
+    no_curve_reason = "it is the curve of the estimator w, but for what falls on padding"
 
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
         self.conserving = True
@@ -246,8 +255,12 @@ class LrpZ(_Layerwise):
     activation.
     """
 
-    name: ClassVar[str] = "lrp_z"
+    name = "lrp_z"
+    label = "LRP z-rule"
+    panel = "input × gradient"
+    place = 3
     kind = "attribution"
+    no_curve_reason = "it is the curve of the estimator x"
 
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
         self.weights = {**self._own_weights()}

@@ -66,7 +66,8 @@ class Occlusion(_Windowed):
     """
 
     name = "occlusion"
-    many_passes = True
+    place = 10
+    passes = "hundreds"
     kind = "attribution"
 
     def __init__(
@@ -128,7 +129,9 @@ class PredictionDifference(_Windowed):
     """
 
     name = "prediction_difference"
-    many_passes = True
+    label = "prediction difference"
+    place = 11
+    passes = "hundreds"
     kind = "attribution"
     takes_reference = True
 
