@@ -52,16 +52,21 @@ def run(cfg: DictConfig, folder: Path) -> None:
             machine = Machine.from_settings(cfg, folder)
             setup = prepare(cfg, machine, bar, check)
         with recorded(cfg, folder, begun, "job", found_by(setup)) as record:
-            record.csv("splits.csv", schema.split_table(setup.splits, set()))
-            fingerprints = {name: setup.splits[name].fingerprint for name in SPLITS}
-            record.uses("data", setup.source.name, {"splits": fingerprints})
-            record.uses("weights", setup.model_name, {"fingerprint": setup.model_key})
-            done = run_stages(stages(setup, machine, record), progress, record)
-            record.csv("splits.csv", schema.split_table(setup.splits, set(done.unreadable)))
-            title = "-".join([*setup.names.values(), setup.estimator.name])
-            took = progress.figures()
-            record.metrics({f"{title}/{stage}": value for what, of in took.items() for stage, value in of.items()})
-            terminal.show(record.end(SUMMARY, summary(setup, done, progress), title), progress.console)
+            run_recorded(setup, machine, progress, record)
+
+
+def run_recorded(setup: Setup, machine: Machine, progress: StageProgress, record: Record) -> None:
+    """Run every stage of a job that is set up, and end the record with its summary."""
+    record.csv("splits.csv", schema.split_table(setup.splits, set()))
+    fingerprints = {name: setup.splits[name].fingerprint for name in SPLITS}
+    record.uses("data", setup.source.name, {"splits": fingerprints})
+    record.uses("weights", setup.model_name, {"fingerprint": setup.model_key})
+    done = run_stages(stages(setup, machine, record), progress, record)
+    record.csv("splits.csv", schema.split_table(setup.splits, set(done.unreadable)))
+    title = "-".join([*setup.names.values(), setup.estimator.name])
+    took = progress.figures()
+    record.metrics({f"{title}/{stage}": value for what, of in took.items() for stage, value in of.items()})
+    terminal.show(record.end(SUMMARY, summary(setup, done, progress), title), progress.console)
 
 
 def stages(setup: Setup, machine: Machine, record: Record) -> list[Stage[Any]]:

@@ -129,7 +129,7 @@ def test_another_estimator_reuses_the_moments(run_job, monkeypatch):
     def compute(*_):
         raise AssertionError("computed moments that were in the cache")
 
-    monkeypatch.setattr("pattern_bench.pipeline.patterns.MomentStream", compute)
+    monkeypatch.setattr("pattern_bench.pipeline.moments.MomentStream", compute)
     run_job(*SMALL, "estimator=w", "seed=4", "layer=features.*")
     with pytest.raises(AssertionError, match="computed moments"):
         run_job(*SMALL, "estimator=w", "seed=4", "data.limit=299")
@@ -392,7 +392,7 @@ def test_images_drawn_again_give_standard_errors(run_job, tmp_path):
 def test_a_resample_is_what_repeating_its_images_gives():
     """Drawn chunk by chunk from kept sums, against a pass over the images so repeated."""
     from pattern_bench.core.collector import Collector
-    from pattern_bench.pipeline import rho
+    from pattern_bench.pipeline import bootstrap
 
     layer = torch.nn.Conv2d(2, 3, 3).double().requires_grad_(False)
     x = torch.randn(8, 2, 6, 6, dtype=torch.float64)
@@ -402,7 +402,7 @@ def test_a_resample_is_what_repeating_its_images_gives():
         collector.add(images, layer(images))
         return collector.moments()
 
-    drawn = rho._drawn([sums(part) for part in x.split(2)], torch.Generator().manual_seed(1))
+    drawn = bootstrap._drawn([sums(part) for part in x.split(2)], torch.Generator().manual_seed(1))
     chosen = torch.randint(4, (4,), generator=torch.Generator().manual_seed(1))
     assert len(set(chosen.tolist())) < 4
     expected = sums(torch.cat([x.split(2)[i] for i in chosen]))

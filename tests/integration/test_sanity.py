@@ -18,7 +18,10 @@ from pattern_bench.methods.base import Method
 from pattern_bench.methods.gradients import Gradient, IntegratedGradients
 from pattern_bench.methods.patterns import DtdW2, LrpZ
 from pattern_bench.metrics.similarity import convergence, cosine, ranks, similarities, spearman, ssim
-from pattern_bench.pipeline.sanity import COLUMNS, MEASURES, back_propagated, randomise, run, start_vectors
+from pattern_bench.pipeline.convergence import back_propagated, start_vectors
+from pattern_bench.pipeline.randomisation import randomise
+from pattern_bench.pipeline.sanity import run
+from pattern_bench.pipeline.sanity_rows import COLUMNS, MEASURES
 
 SMALL = ["data.limit=300", "model.training.epochs=4", "images=4", "refit=20", "directions=3"]
 
@@ -207,7 +210,7 @@ def test_a_method_that_ignores_the_weights_keeps_its_heat_map_and_the_gradient_d
     def methods(*_):
         return {"input_itself": InputItself, "gradient": Gradient}
 
-    monkeypatch.setattr("pattern_bench.pipeline.sanity.chosen_methods", methods)
+    monkeypatch.setattr("pattern_bench.pipeline.sanity.methods_shown", methods)
     _, table, summary = check("model=linear")
     random = table[table.check == "randomisation"]
     assert np.allclose(random[random.method == "input_itself"]["mean"], 1)

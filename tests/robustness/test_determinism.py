@@ -14,14 +14,20 @@ from torch import nn
 from pattern_bench.configuration.build import build
 from pattern_bench.configuration.location import CONF
 from pattern_bench.data.splits import GlobalBatches, make_splits
-from pattern_bench.engine.progress import Stages
-from pattern_bench.engine.training import Learner, ReaderDescent
+from pattern_bench.engine.checkpoints import every_epoch
+from pattern_bench.engine.probe_descent import ReaderDescent
+from pattern_bench.engine.progress import StageProgress
+from pattern_bench.engine.training import Learner
 from pattern_bench.models import small
 from pattern_bench.models.base import Training
 from pattern_bench.pipeline import explain as explain_stage
-from pattern_bench.pipeline import patterns as patterns_stage
 from pattern_bench.pipeline import setup as setup_stage
-from pattern_bench.pipeline.job import run
+from pattern_bench.pipeline.degrade import area_intervals, degrade
+from pattern_bench.pipeline.job import check, run
+from pattern_bench.pipeline.machine import Machine
+from pattern_bench.pipeline.methods import build_method
+from pattern_bench.pipeline.moments import all_samples, collect
+from pattern_bench.pipeline.patterns import fit_pattern
 
 SMALL = ["data.limit=200", "data.workers=0", "model.training.epochs=2", "degradation.images=6", "explanation.images=2"]
 
@@ -36,12 +42,12 @@ def results(configure, tmp_path, monkeypatch):
     def start(name, *overrides, agitated=False):
         folder, seen = tmp_path / name, {}
         folder.mkdir(exist_ok=True)
-        explain, begin = explain_stage.explain, Stages.run
+        explain, begin = explain_stage.explain, StageProgress.run
 
         def kept(*arguments):
-            (images, found, captions), met = explain(*arguments)
-            seen.update(found, images=images)
-            return (images, found, captions), met
+            rows, visited = explain(*arguments)
+            seen.update({name: rows[name] for name in rows if name == "images" or name.startswith("explanation/")})
+            return rows, visited
 
         def elsewhere(*arguments):
             torch.manual_seed(random.randrange(2**32))
@@ -52,7 +58,7 @@ def results(configure, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(explain_stage, "explain", kept)
             if agitated:
-                patch.setattr(Stages, "run", elsewhere)
+                patch.setattr(StageProgress, "run", elsewhere)
             run(configure(*SMALL, *overrides, f"cache.dir={folder / 'cache'}"), folder)
         (trained,) = (folder / "cache" / "models").glob("*.safetensors")
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".csv"}
@@ -125,32 +131,33 @@ def test_another_seed_gives_another_of_everything_that_is_drawn(results):
 @pytest.fixture
 def prepared(configure, tmp_path):
     """Everything a stage needs, for these settings; and a bar."""
-    with Stages().run("prepare", "prepare") as bar:
+    with StageProgress().run("prepare", "prepare") as bar:
 
         def prepare(*overrides):
             cfg = configure(*SMALL, f"cache.dir={tmp_path / 'cache'}", "moments.positions=0.5", *overrides)
-            return setup_stage.prepare(cfg, tmp_path, bar, explain_stage.check)
+            return setup_stage.prepare(cfg, machine(cfg), bar, check)
 
-        prepare.bar = bar
+        def machine(cfg, folder=tmp_path):
+            return Machine.from_settings(cfg, folder)
+
+        prepare.bar, prepare.machine = bar, machine
         yield prepare
 
 
-def drawn(what, setup, bar):
+def drawn(what, setup, machine, bar):
     """What is drawn for one purpose, of the splits and the network of ``setup`` and with the seed of its settings."""
     images = setup.splits["validation"].batch(range(3)).images
     if what == "random directions":
-        return patterns_stage.fit_pattern(setup, "features.2", None).positive
+        return fit_pattern(setup, "features.2", None).positive
     if what == "sampled positions":
-        return patterns_stage.collect(setup, "fit", patterns_stage.all_samples(setup, gram=False), bar)[0][
-            "features.0"
-        ].xg
+        return collect(setup, machine, "fit", all_samples(setup, gram=False), bar)[0]["features.0"].xg
     if what in ("smoothgrad", "prediction_difference"):
-        return explain_stage.method_of(setup, {}).attribute(images, torch.tensor([1, 2, 3]))
+        return build_method(setup, machine.device, {}).attribute(images, torch.tensor([1, 2, 3]))
     if what == "random patch order":
-        return explain_stage.degrade(setup, {}, bar)[0]["random_order"]
+        return degrade(setup, machine, {}, bar)[0]["random_order"]
     if what == "intervals":
         areas = {"a": torch.rand(50, generator=torch.Generator().manual_seed(0)).double()}
-        return torch.tensor(explain_stage.area_intervals(setup, areas)["a"])
+        return torch.tensor(area_intervals(setup, areas)["a"])
     return torch.tensor(setup.seed("bootstrap 0"))
 
 
@@ -166,14 +173,15 @@ def drawn(what, setup, bar):
         ("bootstrap", []),
     ],
 )
-def test_each_draw_has_the_jobs_seed(prepared, configure, what, settings, monkeypatch):
+def test_each_draw_has_the_jobs_seed(prepared, configure, what, settings, tmp_path, monkeypatch):
     """With the same splits and network, so that nothing else can make the difference."""
     monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 8)
     setup = prepared(*settings)
 
     def found(seed):
         cfg = configure(*SMALL, f"cache.dir={setup.cfg.cache.dir}", "moments.positions=0.5", *settings, f"seed={seed}")
-        return drawn(what, replace(setup, cfg=cfg, folder=setup.folder / str(seed)), prepared.bar)
+        again = replace(setup, cfg=cfg, method=build(cfg.method))
+        return drawn(what, again, prepared.machine(cfg, tmp_path / str(seed)), prepared.bar)
 
     one, again, other = found(5), found(5), found(6)
     assert torch.equal(one, again)
@@ -223,8 +231,8 @@ def test_training_takes_batch_norms_statistics_and_drops_out(configure, tmp_path
     drop.register_forward_hook(lambda module, given, out: dropped.append(bool((out == 0).any())))
     # 81 images in batches of 20: the last has one image.
     cfg = configure(*SMALL, "data.limit=101", "model.training.batch_size=20", f"cache.dir={tmp_path / 'cache'}")
-    with Stages().run("prepare", "prepare") as bar:
-        setup = setup_stage.prepare(cfg, tmp_path, bar, lambda setup: None)
+    with StageProgress().run("prepare", "prepare") as bar:
+        setup = setup_stage.prepare(cfg, Machine.from_settings(cfg, tmp_path), bar, lambda setup: None)
     assert sum(len(setup.splits[name]) for name in ("fit", "probe")) % 20 == 1
     assert int(norm.num_batches_tracked) == 2 * 4
     assert float(norm.running_mean.abs().sum()) > 0
@@ -248,8 +256,8 @@ def test_training_that_is_taken_up_drops_out_what_it_would_have(prepared, tmp_pa
             model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 10))
             batches = GlobalBatches(len(setup.splits["fit"]), 20, seed=4)
             learner = Learner(model, Training(4, 0.01, 20), False, batches)
-            every_epoch, last = setup_stage.checkpoint(folder, "training")
-            trainer = setup.trainer(None, every_epoch, max_epochs=4)
+            keep, last = every_epoch(folder, "training")
+            trainer = prepared.machine(setup.cfg).trainer(None, keep, max_epochs=4)
             torch.manual_seed(random.randrange(2**32))
             step = learner.training_step
 

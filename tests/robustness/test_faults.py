@@ -28,17 +28,13 @@ from pattern_bench.core.probe_sgd import Reader
 from pattern_bench.data.base import TensorPool
 from pattern_bench.data.splits import Batch, GlobalBatches, make_splits
 from pattern_bench.engine import micro_batches
-from pattern_bench.engine.streams import (
-    AccuracyStream,
-    DegradationStream,
-    ExplanationStream,
-    MomentStream,
-    ReadingStream,
-)
-from pattern_bench.engine.training import Learner, ReaderDescent
+from pattern_bench.engine.explanation_streams import AccuracyStream, DegradationStream, ExplanationStream
+from pattern_bench.engine.probe_descent import ReaderDescent
+from pattern_bench.engine.statistics_streams import MomentStream, ReadingStream
+from pattern_bench.engine.training import Learner
 from pattern_bench.errors import UserError
 from pattern_bench.models.base import Training
-from pattern_bench.pipeline import patterns, rho
+from pattern_bench.pipeline import descent, moments, rho
 from pattern_bench.pipeline.job import run
 from pattern_bench.processes.launch import launch
 
@@ -524,11 +520,11 @@ def test_descent_in_parts_takes_the_steps_of_whole_batches(net, images, caplog):
 
 def test_readers_are_calibrated_on_what_fits(net, images, caplog):
     """Fewer images change the way to the solution, not the solution."""
-    setup = types.SimpleNamespace(splits={"probe": _Loads(images)}, loader=lambda split, _: split, device="cpu")
+    setup = types.SimpleNamespace(splits={"probe": _Loads(images)}, loader=lambda split, _: split)
     readers = {"last": Reader(net.last, patterns_of(net)["last"], "all", 1e-3)}
     module = ReaderDescent(net, readers, 0.02, 9, GlobalBatches(19, 8, 0))
     net.tight.room = 3
-    rho._calibrate(setup, module)
+    descent._calibrate(setup, types.SimpleNamespace(device="cpu"), module)
     again = Reader(net.last, patterns_of(net)["last"], "all", 1e-3)
     ReaderDescent(net, {"last": again}, 0.02, 9, GlobalBatches(19, 8, 0)).calibrate(images[:2], torch.arange(2))
     assert torch.equal(readers["last"].across_channels, again.across_channels)
@@ -552,13 +548,15 @@ def test_rho_is_computed_on_the_cpu_where_the_device_has_no_room(monkeypatch, ca
         return torch.ones(3), 1e-4
 
     monkeypatch.setattr(rho, "_layer_rho_on", compute)
-    setup = types.SimpleNamespace(device=torch.device("meta"))
     moments = types.SimpleNamespace(x=torch.zeros(1, 25088))
-    assert rho._layer_rho(setup, "fc6", None, moments, moments) == (pytest.approx(torch.ones(3)), 1e-4)
+    assert rho.layer_rho(None, torch.device("meta"), "fc6", None, moments, moments) == (
+        pytest.approx(torch.ones(3)),
+        1e-4,
+    )
     assert "out of memory with ρ of layer fc6 on meta" in caplog.text
     monkeypatch.setattr(rho, "_layer_rho_on", lambda *_: torch.empty(1 << 58))
     with pytest.raises(UserError, match=r"ρ of layer fc6, whose Gram matrix has 25088 columns: leave it out \(layer\)"):
-        rho._layer_rho(setup, "fc6", None, moments, moments)
+        rho.layer_rho(None, torch.device("meta"), "fc6", None, moments, moments)
 
 
 SMALL = [
@@ -638,7 +636,7 @@ def test_weights_that_are_no_numbers_are_refused_before_anything(run_job, traine
     weights = load_file(file)
     weights["features.5.weight"][3, 2, 1, :2] = float(value)
     save_file(weights, tmp_path / "weights.safetensors")
-    monkeypatch.setattr("pattern_bench.pipeline.job._stages", None)
+    monkeypatch.setattr("pattern_bench.pipeline.job.run_recorded", None)
     expected = r"layer features.5 has NaN or Inf in 2 of 4608 values of its weight: give other weights"
     with pytest.raises(UserError, match=expected):
         run_job(*SMALL, f"model.weights={tmp_path / 'weights.safetensors'}")
@@ -750,8 +748,8 @@ def test_what_was_finished_before_an_image_that_is_no_number_is_kept(
     assert not (folder / "summary.json").exists()
     assert load_file(folder / "patterns.safetensors")["features.0/positive"].isfinite().all()
     assert json.loads((folder / "accuracy.json").read_text())["images"] == 40
-    passes, over = [], patterns.stream_over
-    monkeypatch.setattr(patterns, "stream_over", lambda *arguments, **more: passes.append(over(*arguments, **more)))
+    passes, over = [], moments.stream_over
+    monkeypatch.setattr(moments, "stream_over", lambda *arguments, **more: passes.append(over(*arguments, **more)))
     run(configure(*job), folder)
     assert len(passes) == (2 if len(probe) == 1 else 0)  # the probe and validation splits, not the fit split again
     if len(probe) == 1:
@@ -900,10 +898,10 @@ def test_files_that_vanish_or_are_spoilt_during_a_run_are_left_out_and_named(
         for name in spoilt:
             (root / name).write_bytes(b"\xff\xd8\xff no JPEG after all")
 
-    before(monkeypatch, "pattern_bench.pipeline.job._stages", spoil)
+    before(monkeypatch, "pattern_bench.pipeline.job.run_recorded", spoil)
     before(
-        monkeypatch, "pattern_bench.pipeline.patterns.collect", lambda: [(root / name).unlink() for name in later],
-        lambda setup, split, *_: split == "validation",
+        monkeypatch, "pattern_bench.pipeline.moments.collect", lambda: [(root / name).unlink() for name in later],
+        lambda setup, machine, split, *_: split == "validation",
     )  # fmt: skip
     folder = run_job(*job, f"data.workers={workers}")
     expected = sorted(gone + spoilt + later)
@@ -951,7 +949,7 @@ def test_no_accuracy_is_told_of_no_readable_image(folder_job, run_job, tmp_path)
             "pattern_bench.pipeline.patterns.collect",
             "only 0 of the 16 images of the fit split can be read",
         ),
-        ("sgd", "pattern_bench.pipeline.rho.descent", "none of the 16 images of the probe split can be read: mend"),
+        ("sgd", "pattern_bench.pipeline.descent.descend", "none of the 16 images of the probe split can be read: mend"),
     ],
 )
 def test_files_that_all_vanish_are_one_error(folder_job, run_job, monkeypatch, probe, place, expected):

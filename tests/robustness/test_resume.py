@@ -138,8 +138,8 @@ def test_descent_goes_on_from_its_last_round(configure, run_job, tmp_path, monke
     undisturbed = run_job(*job)
     folder = tmp_path / "cut"
     folder.mkdir()
-    step = "pattern_bench.engine.training.ReaderDescent.training_step"
-    from pattern_bench.engine.training import ReaderDescent
+    step = "pattern_bench.engine.probe_descent.ReaderDescent.training_step"
+    from pattern_bench.engine.probe_descent import ReaderDescent
 
     train, met = ReaderDescent.training_step, []
 

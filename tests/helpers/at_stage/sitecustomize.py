@@ -25,13 +25,13 @@ def act(stage):
 class Loader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module):
         super().exec_module(module)
-        run = module.Stages.run
+        run = module.StageProgress.run
 
         def acting(self, name, title):
             act(name)
             return run(self, name, title)
 
-        module.Stages.run = acting
+        module.StageProgress.run = acting
 
 
 class Finder(importlib.abc.MetaPathFinder):

@@ -24,8 +24,9 @@ from pattern_bench.configuration.build import build
 from pattern_bench.configuration.location import CONF
 from pattern_bench.configuration.reach import OWN, REACHES, REFUSED, STAGES, TRAINER, check_trainer, reach
 from pattern_bench.data.splits import make_splits
-from pattern_bench.engine.progress import Stages
+from pattern_bench.engine.progress import StageProgress
 from pattern_bench.errors import UserError
+from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.setup import prepare
 from pattern_bench.plotting import figures
 from pattern_bench.storage.cache import Cache
@@ -280,8 +281,9 @@ def model_key(configure, tmp_path, monkeypatch):
         importlib.invalidate_caches()
         sys.modules.pop(name, None)
         overrides = ["model=imported", f"model.path={name}.Own", "allow_any_target=true", "data.limit=60", *overrides]
-        with Stages(True).run("prepare", "prepare") as bar:
-            return prepare(configure(*overrides), tmp_path, bar, lambda _: None).model_key
+        with StageProgress(True).run("prepare", "prepare") as bar:
+            cfg = configure(*overrides)
+            return prepare(cfg, Machine.from_settings(cfg, tmp_path), bar, lambda _: None).model_key
 
     return key
 

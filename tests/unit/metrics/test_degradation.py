@@ -5,7 +5,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from scipy.special import softmax
 
-from pattern_bench.engine.streams import DegradationStream
+from pattern_bench.engine.explanation_streams import DegradationStream
 from pattern_bench.metrics.degradation import (
     ORDERS,
     REPLACEMENTS,

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from pattern_bench.engine.progress import Stages
+from pattern_bench.engine.progress import StageProgress
 from pattern_bench.reporting import tables
 from pattern_bench.reporting.console import show as show_report
 from pattern_bench.results import terminal
@@ -105,7 +105,7 @@ def test_what_the_cache_had_counts_for_no_speed(configure, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a process's peak")
 def test_a_stages_peak_is_its_own():
-    stages = Stages(quiet=True)
+    stages = StageProgress(quiet=True)
     with stages.run("large", ""):
         np.ones(300 << 17)  # 300 MiB
     with stages.run("small", ""):
