@@ -1,7 +1,7 @@
 """Sweeps across jobs: each launcher leaves what the jobs one after the other leave, and a failed job is one message.
 
-Those marked slurm run on a real Slurm of one node, which ``tests/helpers/slurm/cluster.sh`` sets up and tears down; those
-marked ray on a real Ray on this machine.
+Those marked slurm run on a real Slurm of one node, which ``tests/helpers/slurm/cluster.sh`` sets up and tears
+down; those marked ray on a real Ray on this machine.
 """
 
 import functools

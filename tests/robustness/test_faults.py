@@ -34,7 +34,8 @@ from pattern_bench.engine.statistics_streams import MomentStream, ReadingStream
 from pattern_bench.engine.training import Learner
 from pattern_bench.errors import UserError
 from pattern_bench.models.base import Training
-from pattern_bench.pipeline import descent, moments, rho
+from pattern_bench.pipeline import descent, patterns, rho
+from pattern_bench.pipeline import moments as moments_stage
 from pattern_bench.pipeline.job import run
 from pattern_bench.processes.launch import launch
 
@@ -748,8 +749,10 @@ def test_what_was_finished_before_an_image_that_is_no_number_is_kept(
     assert not (folder / "summary.json").exists()
     assert load_file(folder / "patterns.safetensors")["features.0/positive"].isfinite().all()
     assert json.loads((folder / "accuracy.json").read_text())["images"] == 40
-    passes, over = [], moments.stream_over
-    monkeypatch.setattr(moments, "stream_over", lambda *arguments, **more: passes.append(over(*arguments, **more)))
+    passes, over = [], moments_stage.stream_over
+    monkeypatch.setattr(
+        moments_stage, "stream_over", lambda *arguments, **more: passes.append(over(*arguments, **more))
+    )
     run(configure(*job), folder)
     assert len(passes) == (2 if len(probe) == 1 else 0)  # the probe and validation splits, not the fit split again
     if len(probe) == 1:
