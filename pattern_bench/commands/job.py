@@ -6,7 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from pattern_bench.commands.entry import command_line, run_folder, start
-from pattern_bench.configuration.build import check_complete
+from pattern_bench.configuration.checks import check_complete
 from pattern_bench.configuration.location import CONF
 
 

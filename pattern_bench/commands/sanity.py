@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from pattern_bench.commands.entry import command_line, run_folder
-from pattern_bench.configuration.build import check_complete
+from pattern_bench.configuration.checks import check_complete
 from pattern_bench.configuration.location import CONF
 
 

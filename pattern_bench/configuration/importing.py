@@ -1,4 +1,4 @@
-"""From a name in a setting to what it names. Whether a setting may name it is for ``build.py`` to say."""
+"""From a name in a setting to what it names. Whether a setting may name it is for ``targets.py`` to say."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from typing import Any
 from pattern_bench.errors import UserError
 
 MOVED = {"pattern_bench.data.vision.ImageNet": "pattern_bench.data.imagenet.ImageNet"}
-"""Where classes are that configurations of earlier versions name elsewhere."""
+"""The present names of classes that configurations of earlier versions name elsewhere."""
 
 
-def located(setting: str, name: str) -> Any:
-    """What a module holds under the last part of ``name``, such as ``package.module.Class``.
+def import_object(setting: str, name: str) -> Any:
+    """Import a module and return what it holds under the last part of ``name``, such as ``package.module.Class``.
 
     The module is imported by its own name: one that another has imported, such as ``torch.os``, is none.
+
+    >>> import_object("model.path", "fractions.Fraction")
+    <class 'fractions.Fraction'>
+
+    Args:
+        setting: that names it, for the message.
+        name: a dotted path.
 
     Raises:
         UserError: where there is no such thing.

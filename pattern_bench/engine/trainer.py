@@ -22,7 +22,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from pattern_bench.configuration.reach import check_trainer
+from pattern_bench.configuration.checks import check_trainer
 from pattern_bench.core.rounding import float32_products
 from pattern_bench.errors import UserError
 from pattern_bench.processes.launch import number_from_outside

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pattern_bench.configuration.importing import located
+from pattern_bench.configuration.importing import import_object
 from pattern_bench.errors import UserError
 from pattern_bench.models.base import ModelSource
 
@@ -24,7 +24,7 @@ class ImportedModel(ModelSource):
     def __init__(self, *, path: str, arguments: Mapping[str, Any], **common: Any) -> None:
         super().__init__(**common)
         self.path, self.arguments = path, dict(arguments)
-        self.factory = located("model.path", path)
+        self.factory = import_object("model.path", path)
 
     def module(self, sample: Tensor, classes: int | None) -> nn.Module:
         try:

@@ -8,12 +8,17 @@ import os
 import re
 import signal
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 from hydra.core.hydra_config import HydraConfig
 
 from pattern_bench.errors import UserError
+
+# The files in conf/hydra/launcher are meant to have the names of the plugins' own configurations, and to be checked
+# against them. A worker process, too, comes by here before it composes its job.
+warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema", UserWarning)
 
 
 @contextlib.contextmanager

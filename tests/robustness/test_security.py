@@ -17,7 +17,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import pattern_bench
-from pattern_bench.configuration.build import IMPORTED_MODEL, build, check_complete
+from pattern_bench.configuration.build import build
+from pattern_bench.configuration.checks import check_complete
+from pattern_bench.configuration.targets import IMPORTED_MODEL
 from pattern_bench.errors import UserError
 from pattern_bench.models.base import read_weights
 from pattern_bench.models.imported import ImportedModel

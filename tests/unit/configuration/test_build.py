@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from pattern_bench.configuration.build import build, check_complete
+from pattern_bench.configuration.build import build
+from pattern_bench.configuration.checks import check_complete
 from pattern_bench.configuration.location import CONF
 from pattern_bench.errors import UserError
 

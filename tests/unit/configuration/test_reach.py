@@ -21,8 +21,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from pattern_bench.configuration.build import build
+from pattern_bench.configuration.checks import check_trainer
 from pattern_bench.configuration.location import CONF
-from pattern_bench.configuration.reach import OWN, REACHES, REFUSED, STAGES, TRAINER, check_trainer, reach
+from pattern_bench.configuration.reach import REACHES, STAGES, reach
+from pattern_bench.configuration.trainer_arguments import HARMLESS, OWN, REFUSED
 from pattern_bench.data.splits import make_splits
 from pattern_bench.engine.progress import StageProgress
 from pattern_bench.errors import UserError
@@ -93,7 +95,7 @@ def test_a_setting_that_is_forgotten_is_noticed():
 
 
 def test_every_line_of_the_declaration_is_some_settings(every_setting):
-    used = {reach(setting) for setting in [*every_setting, *(f"trainer.{name}" for name in (*TRAINER, *OWN))]}
+    used = {reach(setting) for setting in [*every_setting, *(f"trainer.{name}" for name in (*HARMLESS, *OWN))]}
     assert [line.setting for line in REACHES if line not in used] == []
 
 
@@ -102,8 +104,8 @@ def test_every_line_of_the_declaration_is_some_settings(every_setting):
 
 def test_every_argument_of_lightnings_is_known():
     arguments = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
-    assert arguments == {*OWN, *TRAINER, *REFUSED} - {"lost_after", "tf32"}
-    assert not set(TRAINER) & set(REFUSED)
+    assert arguments == {*OWN, *HARMLESS, *REFUSED} - {"lost_after", "tf32"}
+    assert not set(HARMLESS) & set(REFUSED)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
