@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pattern_bench.errors import UserError
 from pattern_bench.results.schema import write_json
-from pattern_bench.tracking.trackers import reachable
+from pattern_bench.tracking.wandb_server import reachable
 
 
 def dashboard(folders: Sequence[str], project: str, entity: str, output: Path) -> list[str]:

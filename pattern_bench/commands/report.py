@@ -38,7 +38,7 @@ def sources(names: Sequence[str]) -> Iterator[list[tuple[Path, str]]]:
         folders = []
         for place, name in enumerate(names):
             if name.startswith(WANDB):
-                from pattern_bench.tracking.trackers import download
+                from pattern_bench.tracking.wandb_server import download
 
                 folder = Path(temporary) / str(place)
                 folder.mkdir()

@@ -24,7 +24,8 @@ from pattern_bench.storage.atomic import write_file
 from pattern_bench.storage.stage_state import PARTIAL
 from pattern_bench.storage.tensor_files import write_tensors
 from pattern_bench.storage.untrusted import UNREADABLE, read_json, read_yaml
-from pattern_bench.tracking.trackers import Tracker, check, track
+from pattern_bench.tracking.base import Tracker
+from pattern_bench.tracking.start import check, track
 
 
 class Record:

@@ -3,7 +3,7 @@
 import pandas as pd
 from PIL import Image
 
-from pattern_bench.tracking.trackers import track
+from pattern_bench.tracking.start import track
 
 SETTINGS = {"kind": "wandb", "project": "p", "entity": "e", "group": None}
 TITLE = {"title": "a/b/c", "model": "a"}

@@ -143,16 +143,16 @@ def test_runs_are_filtered_and_grouped_by_keys_that_the_server_knows(written):
 
 def test_the_keys_are_those_of_a_run_of_the_job(run_job, monkeypatch, written):
     """What is drawn and what is grouped by, a job logs under these names."""
-    from pattern_bench.tracking.trackers import trackers
+    from pattern_bench.tracking import base
 
     logged, configs = set(), []
 
-    class Recording(trackers.Tracker):
+    class Recording(base.Tracker):
         def metrics(self, values):
             logged.update(values)
 
         def curve(self, name, at, values):
-            logged.update(f"{name}/{key}" for key in (*values, trackers.AXES[name]))
+            logged.update(f"{name}/{key}" for key in (*values, base.AXES[name]))
 
         def image(self, name, file, caption):
             logged.add(name)

@@ -73,7 +73,7 @@ def test_a_wandb_project_is_downloaded_and_read(tmp_path, monkeypatch, report):
         asked.append(project)
         make_run(into / "abcd1234", run_id="abcd1234")
 
-    monkeypatch.setattr("pattern_bench.tracking.trackers.download", download, raising=False)
+    monkeypatch.setattr("pattern_bench.tracking.wandb_server.download", download, raising=False)
     output, said = report("wandb://me/patterns")
     assert asked == ["me/patterns"]
     assert said.startswith("1 run\n")
@@ -84,7 +84,7 @@ def test_a_wandb_project_is_downloaded_and_read(tmp_path, monkeypatch, report):
     def refused(project, into):
         raise UserError("no key")
 
-    monkeypatch.setattr("pattern_bench.tracking.trackers.download", refused, raising=False)
+    monkeypatch.setattr("pattern_bench.tracking.wandb_server.download", refused, raising=False)
     with pytest.raises(SystemExit, match=r"^error: no key$"):
         main(["wandb://me/patterns"])
 

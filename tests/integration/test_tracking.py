@@ -30,7 +30,7 @@ from pattern_bench.configuration.location import CONF
 from pattern_bench.errors import UserError
 from pattern_bench.pipeline import gallery, patterns, sanity
 from pattern_bench.pipeline.job import run
-from pattern_bench.tracking import trackers
+from pattern_bench.tracking import wandb_server
 
 FEW = ["data.limit=300", "model.training.epochs=4", "degradation.images=8"]
 JOB = [*FEW, "probe=both", "probe.steps=20", "bootstrap.resamples=2"]
@@ -492,7 +492,7 @@ def test_what_wandb_refuses_is_told_before_anything_is_computed(run_job, monkeyp
     monkeypatch.setattr("pattern_bench.pipeline.job.prepare", None)
     for setting, why in {
         "logger.project=a/b": r"W&B refuses the run \(Invalid project name 'a/b'.*logger.project=a/b, .*logger=csv",
-        "logger.kind=mlflow": "logger.kind=mlflow is unknown: choose wandb, csv, tensorboard or none",
+        "logger.kind=mlflow": "logger.kind=mlflow is unknown: choose csv, tensorboard, wandb or none",
     }.items():
         with pytest.raises(UserError, match=why):
             run_job("logger=wandb", setting)
@@ -560,7 +560,7 @@ def asked(monkeypatch, tmp_path):
     for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(trackers.socket, "create_connection", connect)
+    monkeypatch.setattr(wandb_server.socket, "create_connection", connect)
     return tried
 
 
@@ -568,7 +568,7 @@ def test_an_address_that_is_none_is_one_error_that_does_not_repeat_it(monkeypatc
     wandb.teardown()
     monkeypatch.setenv("WANDB_BASE_URL", f"user:{PASSWORD}@nowhere")
     with pytest.raises(UserError, match="not possible: WANDB_BASE_URL") as caught:
-        trackers.reachable()
+        wandb_server.reachable()
     assert PASSWORD not in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -578,8 +578,8 @@ def reachable(monkeypatch):
     """Whether W&B is, where its server has this address."""
 
     def found(url):
-        monkeypatch.setattr(trackers, "_server", lambda: urlparse(url))
-        return trackers.reachable()
+        monkeypatch.setattr(wandb_server, "_server", lambda: urlparse(url))
+        return wandb_server.reachable()
 
     return found
 
@@ -620,8 +620,8 @@ def test_a_name_server_that_hangs_is_not_waited_for(asked, reachable, monkeypatc
         raise OSError
 
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(trackers, "CONNECT_SECONDS", 0.05)
-    monkeypatch.setattr(trackers.socket, "create_connection", hang)
+    monkeypatch.setattr(wandb_server, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(wandb_server.socket, "create_connection", hang)
     assert not reachable("https://api.wandb.ai")
     over.set()
 

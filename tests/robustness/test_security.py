@@ -99,7 +99,7 @@ REACHABLE = [
     # classes of theirs that are none of those that a run is made of
     "torch.package.PackageImporter", "torch.utils.data.DataLoader", "torch.fx.Graph", "torch.Generator",
     "torchvision.datasets.CIFAR10", "torchvision.datasets.DatasetFolder", "pattern_bench.storage.cache.Cache",
-    "pattern_bench.tracking.trackers.Tracker",
+    "pattern_bench.tracking.base.Tracker",
     # what their modules have imported
     "torch.os.system", "torch.utils.data.dataloader.os.system", "pattern_bench.storage.tensor_files.os.system",
     "pattern_bench.storage.tensor_files.os",

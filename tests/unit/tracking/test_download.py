@@ -8,7 +8,7 @@ import pytest
 from helpers.wandb_server import KEY, python, recorded, serving
 
 from pattern_bench.errors import UserError
-from pattern_bench.tracking.trackers import download
+from pattern_bench.tracking.wandb_server import download
 
 PROJECT = recorded("wandb_project")
 
