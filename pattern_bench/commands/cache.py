@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pattern_bench.commands.entry import run_command
 from pattern_bench.errors import UserError
 from pattern_bench.storage.cache_entries import KINDS, Entry, entries, in_use, remove, sweep_up
 
@@ -103,15 +103,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--older-than, --down-to, --all and --dry-run say what to remove: give --remove too")
     if options.all and limited:
         parser.error("--all removes everything: leave out --older-than and --down-to")
-    try:
-        print("\n".join(_done(options)))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: --dir={options.dir} cannot be changed ({error.filename}: {error.strerror})")
+
+    def explain(error: Exception) -> str | None:
+        if isinstance(error, OSError):
+            return f"--dir={options.dir} cannot be changed ({error.filename}: {error.strerror})"
+        return None
+
+    run_command(lambda: print("\n".join(show_or_remove(options))), explain)
 
 
-def _done(options: argparse.Namespace) -> list[str]:
+def show_or_remove(options: argparse.Namespace) -> list[str]:
+    """Do what the options ask for; return lines that say it.
+
+    Raises:
+        UserError: where the folder is none, or an age or a size cannot be read.
+        OSError: where something cannot be removed.
+    """
     folder, now = Path(options.dir).expanduser().absolute(), time.time()
     older = None if options.older_than is None else age_of(options.older_than)
     down_to = None if options.down_to is None else size_of(options.down_to)

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pattern_bench.commands.entry import run_command
 from pattern_bench.errors import UserError
 from pattern_bench.results.schema import write_json
 from pattern_bench.tracking.wandb_server import reachable
@@ -48,7 +48,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--output", type=Path, default=Path("dashboard.json"), help="the specification (default: dashboard.json)"
     )
     options = parser.parse_args(arguments)
-    try:
-        print("\n".join(dashboard(options.folders, options.project, options.entity, options.output)))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: print("\n".join(dashboard(options.folders, options.project, options.entity, options.output))))

@@ -6,8 +6,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pattern_bench.commands.entry import command_line, run_folder
-from pattern_bench.configuration.checks import check_complete
+from pattern_bench.commands.hydra_entry import run_folder, run_hydra_command
+from pattern_bench.configuration.checks import check_complete, check_gallery_overrides
 from pattern_bench.configuration.location import CONF
 
 
@@ -16,13 +16,13 @@ def gallery(cfg: DictConfig) -> None:
     """Run what ``cfg`` describes in Hydra's folder for it."""
     with run_folder(cfg) as folder:
         check_complete(cfg)
-        from pattern_bench.pipeline.gallery import check_overrides, run
+        check_gallery_overrides(cfg, HydraConfig.get().overrides.task)
+        from pattern_bench.pipeline.gallery import run
 
-        check_overrides(cfg, HydraConfig.get().overrides.task)
         run(cfg, folder)
     print(f"results: {folder}")
 
 
 def main() -> None:
     """The command line."""
-    command_line(gallery, "pattern_bench.gallery")
+    run_hydra_command(gallery, "pattern_bench.gallery")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from pattern_bench.commands.entry import command_line, run_folder, start
+from pattern_bench.commands.hydra_entry import run_folder, run_hydra_command, start
 from pattern_bench.configuration.checks import check_complete
 from pattern_bench.configuration.location import CONF
 
@@ -22,4 +22,4 @@ def job(cfg: DictConfig) -> None:
 
 def main() -> None:
     """The command line."""
-    command_line(job)
+    run_hydra_command(job)

@@ -1,4 +1,4 @@
-"""The table of a sweep, in the terminal, when its jobs are through: Hydra calls it."""
+"""The table of a sweep, in the terminal, when its jobs are through: a callback of Hydra's."""
 
 from __future__ import annotations
 
@@ -14,23 +14,30 @@ from omegaconf import DictConfig
 from pattern_bench.errors import UserError
 from pattern_bench.storage.folder_lock import claimed
 
-_claim = ExitStack()
-"""Of the sweep's folder; not the callback's own, which launchers send to other processes."""
-
 
 class SweepTable(Callback):
     """Shows what the jobs of a sweep found together: Fig. 3 as a table, and the area over the curve. The sweep's folder
-    is this sweep's alone."""
+    is this sweep's alone.
+
+    Raises:
+        SystemExit: at the start of a sweep whose folder another job has.
+    """
+
+    def __init__(self) -> None:
+        self._claim = ExitStack()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return SweepTable, ()  # a launcher sends copies to its workers, which claim nothing
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         try:
-            _claim.enter_context(claimed(Path(config.hydra.sweep.dir), "hydra.sweep.dir"))
+            self._claim.enter_context(claimed(Path(config.hydra.sweep.dir), "hydra.sweep.dir"))
         except UserError as error:  # of which Hydra would make a warning
             raise SystemExit(f"error: {error}") from None
-        atexit.register(_claim.close)
+        atexit.register(self._claim.close)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        _claim.close()
+        self._claim.close()
         folder = Path(config.hydra.sweep.dir)
         if config.get("quiet"):
             return

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from pattern_bench.commands.entry import arguments
+from pattern_bench.commands.hydra_entry import arguments
 from pattern_bench.configuration.location import CONF
 from pattern_bench.configuration.resumed_overrides import may_be_taken, quoted, shell_command
 from pattern_bench.errors import UserError

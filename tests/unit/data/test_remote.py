@@ -6,7 +6,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from pattern_bench.commands.entry import arguments
+from pattern_bench.commands.hydra_entry import arguments
 from pattern_bench.data.folder import FolderPool
 from pattern_bench.data.remote import describe, find
 from pattern_bench.errors import UserError
