@@ -36,10 +36,11 @@ from pattern_bench.core.network import (
     select_layers,
 )
 from pattern_bench.core.outputs import Logits as Logits
-from pattern_bench.core.outputs import answer, as_logits, spoilt, targets
+from pattern_bench.core.outputs import as_logits
+from pattern_bench.core.predictions import first_broken_layer, prediction_of, target_outputs
 from pattern_bench.core.probe_closed_form import CLOSED_FORM, Probe, Target, rho
 from pattern_bench.core.rounding import float32_products
-from pattern_bench.core.snapshot import Remembered
+from pattern_bench.core.snapshot import Snapshot
 from pattern_bench.core.tensor_checks import unusable
 from pattern_bench.errors import UserError, did_you_mean, told
 from pattern_bench.methods import patterns as pattern_methods
@@ -56,7 +57,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 P = ParamSpec("P")
 R = TypeVar("R")
 log = logging.getLogger(__name__)
-_canonical: WeakKeyDictionary[nn.Module, tuple[Remembered, nn.Module]] = WeakKeyDictionary()
+_canonical: WeakKeyDictionary[nn.Module, tuple[Snapshot, nn.Module]] = WeakKeyDictionary()
 
 
 def _in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
@@ -91,7 +92,7 @@ def canonical_form(model: nn.Module, example: Tensor) -> nn.Module:
     network = canonical(model, example)
     if is_wide(model):
         with suppress(ValueError):
-            _canonical[model] = Remembered(model, example, network.state_dict()), network
+            _canonical[model] = Snapshot(model, example, network.state_dict()), network
     return network
 
 
@@ -100,7 +101,7 @@ def _kept_form(model: nn.Module, example: Tensor) -> nn.Module | None:
     if model not in _canonical:
         return None
     remembered, network = _canonical[model]
-    if remembered.example.shape[1:] == example.shape[1:] and remembered.is_still(model):
+    if remembered.example.shape[1:] == example.shape[1:] and remembered.matches(model):
         return network
     _canonical.pop(model, None)
     return None
@@ -729,7 +730,7 @@ def _answers(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
                     f"model={type(model).__name__} makes outputs of shape {tuple(logits.shape)} from images of shape "
                     f"{tuple(images.shape)}: give a network with one row of outputs for each image"
                 )
-            if (layer := spoilt(network, images.clone(), logits)) is not None:
+            if (layer := first_broken_layer(network, images.clone(), logits)) is not None:
                 raise _not_finite(layer, where)
         except _CANNOT as error:
             if isinstance(error, UserError) or is_out_of_memory(error):
@@ -780,12 +781,12 @@ def degradation(
     _check_choice("replacement", replacement, core_degradation.REPLACEMENTS)
     core_degradation.check_patches(images.shape[2:], patch, steps)
     network, logits = _answers(network, images)
-    target = targets(target, logits)
+    target = target_outputs(target, logits)
     grid, generator = core_degradation.grid_of(images.shape[2:], patch), torch.Generator().manual_seed(seed)
-    ranks = {RANDOM_ORDER: core_degradation.random_ranks(len(images), grid, generator).to(images.device)}
+    ranks = {RANDOM_ORDER: core_degradation.random_patch_order(len(images), grid, generator).to(images.device)}
     for name, explanation in methods.items():
         heat = _explained(name, explanation, model, own, target)
-        ranks[name] = core_degradation.rank_patches(heat, patch, order)
+        ranks[name] = core_degradation.patch_order(heat, patch, order)
     replaced_by = core_degradation.replacement(images, patch, replacement, value)
     with torch.no_grad():
         return {
@@ -816,8 +817,8 @@ def draw_gallery(
     network, images = widened(model), _images(images, "images is")
     own, images = images_for(model, images), images_for(network, images)
     network, logits = _answers(network, images)
-    _, predicted, confidence = answer(network, logits)
-    target = targets(target, logits)
+    _, predicted, confidence = prediction_of(network, logits)
+    target = target_outputs(target, logits)
     columns = {}
     for name, explanation in methods.items():
         title = f"signal, {name}" if getattr(explanation, "kind", "") == "signal" else name

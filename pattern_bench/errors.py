@@ -1,4 +1,4 @@
-"""The one exception that is a user's to mend."""
+"""The error that a user can mend, and how wrong values and unknown names are worded in its message."""
 
 from __future__ import annotations
 
@@ -11,11 +11,25 @@ MOST_SHOWN = 100
 
 
 class UserError(ValueError):
-    """A bad input. The message names the setting, its value and the remedy; it is shown without a traceback."""
+    """A bad input. The message names the setting, its value and the remedy; commands show it without a traceback.
+
+    >>> raise UserError("patch=0 is not possible: give a whole number of at least 1")
+    Traceback (most recent call last):
+    pattern_bench.errors.UserError: patch=0 is not possible: give a whole number of at least 1
+    """
 
 
 def told(value: Any, quoted: bool = True) -> str:
-    """A wrong value as errors show it: numbers and the beginning of text, in one line; all else by its type."""
+    """Return a wrong value as messages show it, in one line: numbers as they are, the beginning of text, and all else
+    by its type.
+
+    Args:
+        value: what a user gave.
+        quoted: whether text stands in quotation marks.
+
+    >>> told(3), told("nine"), told([1, 2])
+    ('3', "'nine'", 'a list')
+    """
     if isinstance(value, str):
         shown = repr(value if len(value) <= MOST_SHOWN else f"{value[:MOST_SHOWN]}…")
         return shown if quoted else shown[1:-1]
@@ -26,7 +40,11 @@ def told(value: Any, quoted: bool = True) -> str:
 
 
 def did_you_mean(name: str, choices: Iterable[str], most: int = 12) -> str:
-    """A hint for an unknown ``name``: the closest of ``choices``, or the first ``most`` of them."""
+    """Return a hint for an unknown ``name``: the closest of ``choices``, or the first ``most`` of them.
+
+    >>> did_you_mean("conv", ["conv1", "fc"]), did_you_mean("relu", ["conv1", "fc"])
+    ('did you mean conv1?', 'choose from: conv1, fc')
+    """
     every = list(choices)
     close = difflib.get_close_matches(name, every, n=3)
     if close:

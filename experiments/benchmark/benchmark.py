@@ -39,7 +39,7 @@ from pattern_bench.data.folder import FolderPool
 from pattern_bench.engine.streams import fast_layout
 from pattern_bench.methods.gradients import Gradient
 from pattern_bench.methods.patterns import PatternAttribution
-from pattern_bench.metrics.degradation import degraded, grid_of, random_ranks
+from pattern_bench.metrics.degradation import degraded, grid_of, random_patch_order
 from pattern_bench.models.base import load_weights, read_weights
 from pattern_bench.models.small import VGG
 from pattern_bench.results.schema import write_csv
@@ -126,7 +126,7 @@ def rows(model: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
         # S_w: with patterns of other lengths relevance shrinks to numbers that processors are slow with.
         pattern = weight / weight.flatten(1).square().sum(1).view(-1, *[1] * (weight.ndim - 1))
         filters[name] = Pattern(pattern, pattern, torch.zeros(len(weight), dtype=torch.bool))
-    ranks = random_ranks(len(x), grid_of(x.shape[2:], 2), torch.Generator().manual_seed(0)).to(x.device)
+    ranks = random_patch_order(len(x), grid_of(x.shape[2:], 2), torch.Generator().manual_seed(0)).to(x.device)
     steps = degraded(x, ranks, 2, ranks[0].numel())
     gradient, attribution = Gradient(model), PatternAttribution(model, filters)
     unfolded: dict[str, Callable[[], object]] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.vgg import cfgs, make_layers
 
-from pattern_bench.core.gram import applies, is_small
+from pattern_bench.core.gram import autocorrelation_applies, is_small_patch
 from pattern_bench.core.layers import LAYER_TYPES, geometry_of, neurons, patch_size
 
 IMAGENET, VALIDATION = 1_281_167, 50_000
@@ -73,8 +73,8 @@ def size(layer: Any, x: Tensor, y: Tensor) -> Size:
     geometry, n, d = geometry_of(layer), neurons(layer), patch_size(layer)
     positions = y.numel() // n
     forward = 2 * n * d * positions
-    small = is_small(d)
-    if geometry.kernel and not small and applies(geometry, x.shape[1], tuple(x.shape[2:])):
+    small = is_small_patch(d)
+    if geometry.kernel and not small and autocorrelation_applies(geometry, x.shape[1], tuple(x.shape[2:])):
         rows, columns = geometry.kernel
         channels = x.shape[1]
         gram = 2 * channels * (channels // geometry.groups) * rows * (2 * columns - 1) * x[0, 0].numel()

@@ -1,9 +1,11 @@
-"""Another way back through a network: replaced weights, and replaced gradients of its ReLUs.
+"""Propagate back through a network with other weights, and with other gradients of its ReLUs.
 
-The network itself is not changed, nor copied, nor run twice: while ``replaced_weights`` is active, each layer's
-``forward`` is shadowed by one that computes the same output and remembers another weight for the way back; while
-``Rectifiers`` is active, every ReLU computes the same output and remembers another rule. Pooling switches and every
-other operation keep their own gradient.
+The network itself is neither changed nor copied nor run twice: while ``replaced_weights`` is active, each layer's
+``forward`` is shadowed by one that computes the same output and uses another weight in the backward pass; while
+``Rectifiers`` is active, every ReLU computes the same output and uses another rule. Pooling switches and every other
+operation keep their own gradient.
+
+Shapes: B images, C input channels, N neurons.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pattern_bench.errors import UserError
 
 
 class _Replaced(torch.autograd.Function):
-    """A layer's own forward; backward as if its weight had been ``replacement``, ``conserving`` or not."""
+    """Compute a layer's own output, and back-propagate as if its weight were ``replacement``."""
 
     @staticmethod
     def forward(
@@ -53,7 +55,7 @@ _BACKWARD: Any = getattr(_Replaced, "_backward_cls")  # noqa: B009, the type of 
 
 
 def _transposed(layer: Layer, weight: Tensor, grad: Tensor, shape: torch.Size) -> Tensor:
-    """The gradient of the layer's output with respect to its input, for another weight."""
+    """Return the gradient with respect to the layer's input, in its ``shape``, for another weight."""
     if isinstance(layer, nn.Linear):
         return grad @ weight
     geometry = geometry_of(layer)
@@ -68,8 +70,8 @@ def _transposed(layer: Layer, weight: Tensor, grad: Tensor, shape: torch.Size) -
 
 
 def _inside(layer: Layer, weight: Tensor, shape: torch.Size) -> Tensor:
-    """The sum of ``weight`` over the taps that lie inside an input of ``shape``, at every position of the output, or 1
-    where it is 0. Padding with anything but zeros is made of the input, and lies inside."""
+    """Return the sum of ``weight`` over the taps inside an input of ``shape``, at every position of the output; 1 where
+    it is 0. Padding with anything but zeros is made of the input, and counts as inside."""
     geometry = geometry_of(layer)
     if not geometry.kernel or not geometry.pads or geometry.padding_mode != "zeros":
         total = weight.flatten(1).sum(1).view(-1, *[1] * len(geometry.kernel))
@@ -81,7 +83,7 @@ def _inside(layer: Layer, weight: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _input_gradient(grad: Tensor, like: Tensor, weight: Tensor, geometry: Geometry, padding: list[int]) -> Tensor:
-    """The convolution's input gradient; of its input, ``like``, only the shape counts."""
+    """Return the convolution's input gradient; of its input, ``like``, only the shape is used."""
     nothing = [0] * len(padding)
     stride, dilation, wanted = list(geometry.stride), list(geometry.dilation), [True, False, False]
     return torch.ops.aten.convolution_backward(
@@ -93,14 +95,25 @@ def _input_gradient(grad: Tensor, like: Tensor, weight: Tensor, geometry: Geomet
 def replaced_weights(
     model: nn.Module, weights: Mapping[str, Tensor | None], conserving: bool = False
 ) -> Iterator[None]:
-    """Within, back-propagation through the named layers uses ``weights``, each in its layer's weight's shape.
+    """Back-propagate through the named layers with ``weights`` in the place of their own; a context manager.
 
-    Where it is ``conserving``, every neuron passes on what it is given, in proportion to its weights: they are divided
-    by their sum over the taps that lie inside the layer's input, which at padded borders are not all. A neuron all of
-    whose weights there are 0 passes nothing on.
+    With patterns a₊ as weights this is PatternNet, with w ⊙ a₊ PatternAttribution (Kindermans et al. 2018, section 4).
+
+    Args:
+        model: whose outputs stay as they are.
+        weights: by the name of the layer, each in the shape of its weight; None refuses a pass through the layer.
+        conserving: whether every neuron passes on all that it is given, in proportion to its weights: these are divided
+            by their sum over the taps that lie inside the layer's input, which at padded borders are not all. A neuron
+            whose weights there are all 0 passes nothing on.
 
     Raises:
         UserError: on a forward pass through a layer whose weight here is None.
+
+    >>> model, x = nn.Linear(2, 1), torch.ones(1, 2, requires_grad=True)
+    >>> with replaced_weights(model, {"": torch.tensor([[3.0, 1.0]])}):
+    ...     y = model(x)
+    >>> torch.equal(y, model(x)), torch.autograd.grad(y, x)[0].tolist()
+    (True, [[3.0, 1.0]])
     """
     shadowed: list[tuple[nn.Module, Any]] = []
     try:
@@ -131,9 +144,16 @@ def _shadow(name: str, layer: Any, weight: Tensor | None, conserving: bool) -> C
 
 
 def own_weight_in_output_layers(output: Tensor) -> None:
-    """After a forward pass with replaced weights, gives the output layers their own weight back for the way back.
+    """Give the output layers their own weight again for the backward pass, after a forward pass with replaced weights.
 
     An output layer is one with no other layer between it and ``output``; a sum of two heads has two.
+
+    >>> model, x = nn.Linear(2, 1), torch.ones(1, 2, requires_grad=True)
+    >>> with replaced_weights(model, {"": torch.tensor([[3.0, 1.0]])}):
+    ...     y = model(x)
+    >>> own_weight_in_output_layers(y)
+    >>> torch.equal(torch.autograd.grad(y, x)[0], model.weight)
+    True
     """
     nodes, seen = [output.grad_fn], set()
     while nodes:
@@ -151,7 +171,7 @@ def own_weight_in_output_layers(output: Tensor) -> None:
 
 
 class _Rectified(torch.autograd.Function):
-    """A ReLU's own forward; backward lets only positive values pass, where ``gated`` only through open gates."""
+    """Compute a ReLU's own output, and let back positive values pass, with ``gated`` only where it fired."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], gated: bool) -> Tensor:
@@ -178,14 +198,29 @@ _POSITIONS = {"hardtanh": ("min_val", "max_val"), "clamp": ("min", "max"), "clip
 
 
 class Rectifiers(TorchFunctionMode):
-    """Within, the gradient of every ReLU lets only positive values pass back; ``gated``: only where it fired.
+    """Let only positive values pass back through every ReLU; a context manager for the forward pass.
 
-    ``gated`` is Guided BackProp, otherwise DeConvNet. ReLUs are met where they are computed, so it makes no
-    difference whether they are modules (also one that is used several times), functions or methods, in place or not.
-    ReLU6, and a clamp from 0, are ReLUs too. Sigmoid, tanh and the like keep their own gradient.
+    ReLUs are recognised where they are computed, so it makes no difference whether they are modules (also one that is
+    used several times), functions or methods, in place or not. ReLU6, and a clamp from 0, are ReLUs too. Sigmoid, tanh
+    and the like keep their own gradient.
+
+    Args:
+        gated: whether values pass only where the ReLU fired (Guided BackProp, Springenberg et al. 2015), or everywhere
+            (DeConvNet, Zeiler and Fergus 2014).
+        method: the method's name, for errors.
 
     Raises:
         UserError: where the network rectifies with another function, for which the two methods are not defined.
+
+    >>> x, grad = torch.tensor([1.0, -1.0, 1.0], requires_grad=True), torch.tensor([2.0, 2.0, -2.0])
+    >>> with Rectifiers(gated=False, method="deconvnet"):
+    ...     y = x.relu()
+    >>> torch.autograd.grad(y, x, grad)[0].tolist()
+    [2.0, 2.0, 0.0]
+    >>> with Rectifiers(gated=True, method="guided_backprop"):
+    ...     y = x.relu()
+    >>> torch.autograd.grad(y, x, grad)[0].tolist()
+    [2.0, 0.0, 0.0]
     """
 
     def __init__(self, gated: bool, method: str) -> None:
@@ -220,7 +255,7 @@ class Rectifiers(TorchFunctionMode):
 
 
 def _from_zero(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a clamp is a ReLU with or without an upper end."""
+    """Return whether a clamp is a ReLU, with or without an upper end."""
     low, high = _POSITIONS.get(name.removesuffix("_"), ("min", "max"))
     bounds = {low: None, high: None, **dict(zip((low, high), args[1:3], strict=False)), **kwargs}
     return isinstance(bounds[low], int | float) and bounds[low] == 0

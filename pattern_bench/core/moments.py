@@ -2,6 +2,8 @@
 
 All are plain sums in float64, so they add up over batches, processes and interruptions (Eq. 5 to 7
 of Kindermans et al. 2018 need the means of x, u, x u and their restrictions to the gate g = 1[y > 0]).
+
+Shapes: N neurons, G groups, D values of a patch.
 """
 
 from __future__ import annotations
@@ -13,38 +15,57 @@ import torch
 from torch import Tensor
 
 MEMORY = 2**30
-"""Bytes that temporaries may take, unless told otherwise."""
+"""Bytes that temporaries may take by default."""
 NO_GRAM = "these moments were collected without the Gram matrix, which rho needs"
 
 
 @dataclass
 class Moments:
-    """Sums over all patches of one layer. ``u = wᵀx`` without the bias, ``y = u + b``, ``g = 1[y > 0]``.
+    """Sums over all patches x of one layer, float64; u = wᵀx is a response without its bias, y = u + b, g = 1[y > 0].
 
-    ``n`` () counts patches; ``x`` (G, D) sums patches; ``g``, ``ug``, ``un``, ``uug``, ``uun`` (N,) sum the gate,
-    u g, u (1-g), u² g and u² (1-g); ``xg``, ``xug``, ``xun`` (N, D) sum the same times the patch; ``gram``
-    (G, D, D) sums the products x xᵀ, or is None where nobody asked for it. All float64.
+    >>> from torch import nn
+    >>> from pattern_bench.core.collector import Collector
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> _ = nn.init.constant_(layer.weight, 2.0)
+    >>> collector, x = Collector(layer, gram=True), torch.tensor([[1.0], [3.0], [-1.0]])
+    >>> collector.add(x, layer(x))
+    >>> moments = collector.moments()  # u = 2, 6, -2
+    >>> moments.n.item(), moments.g.item(), moments.mean_u.item(), moments.var_u.item()
+    (3.0, 2.0, 2.0, 10.666666666666666)
+    >>> moments.xug.item(), moments.gram.item()
+    (20.0, 11.0)
     """
 
     n: Tensor
+    """Number of patches, ()."""
     x: Tensor
+    """Σ x, (G, D)."""
     g: Tensor
+    """Σ g, (N,): how often each neuron fires."""
     ug: Tensor
+    """Σ u g, (N,)."""
     un: Tensor
+    """Σ u (1-g), (N,)."""
     uug: Tensor
+    """Σ u² g, (N,)."""
     uun: Tensor
+    """Σ u² (1-g), (N,)."""
     xg: Tensor
+    """Σ x g, (N, D)."""
     xug: Tensor
+    """Σ x u g, (N, D)."""
     xun: Tensor
+    """Σ x u (1-g), (N, D)."""
     gram: Tensor | None = None
+    """Σ x xᵀ, (G, D, D); None where it was not collected."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums by name, for files and reductions."""
+        """Return the sums by name, for files and reductions over processes."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Moments:
-        """The inverse of :meth:`tensors`, for files.
+        """Return the moments with these sums, the inverse of :meth:`tensors`.
 
         Raises:
             ValueError: where a sum is missing, unknown, of another type or of a shape that does not fit the others;
@@ -70,14 +91,19 @@ class Moments:
         return cls(**tensors)
 
     def to(self, device: torch.device | str) -> Moments:
+        """Return the same sums on another device."""
         return Moments(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def times(self, weight: float) -> Moments:
-        """The sums as if every patch had been met ``weight`` times."""
+        """Return the sums as if every patch occurred ``weight`` times."""
         return Moments(**{name: weight * tensor for name, tensor in self.tensors().items()})
 
     def add_(self, other: Moments) -> Moments:
-        """Adds the sums of other patches in place."""
+        """Add the sums of other patches of the same layer, in place.
+
+        Raises:
+            ValueError: where one of the two has the Gram matrix and the other does not.
+        """
         mine, others = self.tensors(), other.tensors()
         if mine.keys() != others.keys():
             raise ValueError(f"moments with {sorted(mine)} and with {sorted(others)} do not add up")
@@ -85,7 +111,7 @@ class Moments:
             tensor.add_(others[name])
         return self
 
-    # Expectations, float64.
+    # --- expectations, float64 ---
 
     @property
     def mean_x(self) -> Tensor:
@@ -114,14 +140,22 @@ class Moments:
 
     @property
     def square_x(self) -> Tensor:
-        """E[x²] of each value, (G, D)."""
+        """E[x²] of each value, (G, D).
+
+        Raises:
+            ValueError: where there is no Gram matrix.
+        """
         if self.gram is None:
             raise ValueError(NO_GRAM)
         return self.gram.diagonal(dim1=1, dim2=2) / self.n
 
     @property
     def cov_x(self) -> Tensor:
-        """cov[x], (G, D, D)."""
+        """cov[x], (G, D, D).
+
+        Raises:
+            ValueError: where there is no Gram matrix.
+        """
         if self.gram is None:
             raise ValueError(NO_GRAM)
         mean = self.mean_x

@@ -1,4 +1,8 @@
-"""A network as the suite sees it: its layers by name, in the order they run, and what streams through them."""
+"""The layers of a network: their names in the order they run, which of them are selected, and hooks on their inputs and
+outputs.
+
+A layer is a Conv1d, Conv2d, Conv3d or Linear module. Shapes: B images, C channels.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,22 @@ from pattern_bench.errors import UserError, did_you_mean
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` was given, or the module itself."""
+    """Return the module that ``torch.compile`` was given, or the module itself.
+
+    >>> model = nn.ReLU()
+    >>> unwrapped(torch.compile(model)) is model, unwrapped(model) is model
+    (True, True)
+    """
     return getattr(model, "_orig_mod", model)
 
 
 def without_weights(model: nn.Module) -> str | None:
-    """The first module that has no weights until it meets an input, as torch's lazy ones; None where all have."""
+    """Return the name of the first module whose weights take shape at its first input, as in torch's lazy modules; None
+    where there is none.
+
+    >>> print(without_weights(nn.Sequential(nn.ReLU(), nn.LazyLinear(2))), without_weights(nn.Linear(2, 2)))
+    1 None
+    """
     for name, module in model.named_modules():
         own = itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
         if any(is_lazy(tensor) for tensor in own):
@@ -31,14 +45,23 @@ def without_weights(model: nn.Module) -> str | None:
 
 
 def in_training(model: nn.Module) -> str | None:
-    """The first module that is in training mode; None where all are in evaluation mode."""
+    """Return the name of the first module in training mode; None where all are in evaluation mode.
+
+    >>> print(in_training(nn.ReLU()), in_training(nn.ReLU().eval()))
+    at the root None
+    """
     return next((name or "at the root" for name, module in model.named_modules() if module.training), None)
 
 
 def refuse_training(model: nn.Module) -> None:
-    """
+    """Check that a network is in evaluation mode.
+
     Raises:
         UserError: where a module is in training mode.
+
+    >>> refuse_training(nn.ReLU())  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    pattern_bench.errors.UserError: model=ReLU is in training mode (module at the root), ...: call model.eval() first
     """
     if where := in_training(model):
         raise UserError(
@@ -48,9 +71,14 @@ def refuse_training(model: nn.Module) -> None:
 
 
 def refuse_without_weights(model: nn.Module) -> None:
-    """
+    """Check that every module of a network has its weights.
+
     Raises:
-        UserError: where a module has no weights before it meets its first input.
+        UserError: where the weights of a module take shape at its first input.
+
+    >>> refuse_without_weights(nn.LazyLinear(2))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    pattern_bench.errors.UserError: model=LazyLinear: module the network itself has no weights before ...
     """
     if lazy := without_weights(model):
         raise UserError(
@@ -60,7 +88,15 @@ def refuse_without_weights(model: nn.Module) -> None:
 
 
 def layers_in_order(model: nn.Module, example: Tensor) -> list[str]:
-    """Names of the Conv and Linear layers in the order in which a forward pass of ``example`` first calls them."""
+    """Return the names of the Conv and Linear layers in the order in which a forward pass first calls them.
+
+    Args:
+        model: any network; layers that the pass does not call are left out.
+        example: (B, C, spatial...), one image is enough.
+
+    >>> layers_in_order(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)), torch.ones(1, 3))
+    ['0', '2']
+    """
     order: list[str] = []
     handles = []
     for name, module in model.named_modules():
@@ -81,33 +117,61 @@ def layers_in_order(model: nn.Module, example: Tensor) -> list[str]:
 
 
 def select_layers(names: Sequence[str], wanted: str | Sequence[str]) -> list[str]:
-    """The layers that ``wanted`` names: ``all``, a name, a glob, or a list of names and globs; in network order.
+    """Return the layers that ``wanted`` names, in network order.
+
+    Args:
+        names: all layers, in network order.
+        wanted: ``all``, a name, a glob, or a list of names and globs.
 
     Raises:
-        UserError: where a name or glob matches no layer.
+        UserError: where a name or glob matches no layer, or the list is empty.
+
+    >>> select_layers(["conv1", "conv2", "fc"], "conv*"), select_layers(["conv1", "conv2", "fc"], ["fc", "conv1"])
+    (['conv1', 'conv2'], ['conv1', 'fc'])
     """
     asked = [wanted] if isinstance(wanted, str) else list(wanted)
     chosen: set[str] = set()
     for pattern in asked:
         # A name may hold what a glob would read otherwise.
-        found = list(names) if pattern == "all" else [pattern] if pattern in names else fnmatch.filter(names, pattern)
-        if not found:
+        matching = (
+            list(names) if pattern == "all" else [pattern] if pattern in names else fnmatch.filter(names, pattern)
+        )
+        if not matching:
             raise UserError(f"layer={pattern} matches no layer of the model: {did_you_mean(pattern, names)}")
-        chosen.update(found)
+        chosen.update(matching)
     if not chosen:
         raise UserError("layer=[] selects no layer: name one, give a glob such as 'features.*', or layer=all")
     return [name for name in names if name in chosen]
 
 
 class Watcher(Protocol):
-    """What can be shown a layer's inputs and outputs: a collector of moments, a running correlation."""
+    """Anything with an ``add`` for a layer's inputs and outputs, such as a collector of moments.
 
-    def add(self, x: Tensor, y: Tensor) -> None: ...
+    >>> class Shapes:
+    ...     def add(self, x, y):
+    ...         print(tuple(x.shape), tuple(y.shape))
+    >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    >>> with collecting(model, {"0": Shapes()}):
+    ...     output = model(torch.ones(1, 3))
+    (1, 3) (1, 2)
+    """
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take one call's input (B, C, spatial...) and output (B, N, output spatial...)."""
 
 
 @contextmanager
 def collecting(model: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[None]:
-    """Within, every forward pass shows each named layer's input and output to its watcher."""
+    """Hand each named layer's input and output to its watcher, in every forward pass inside this context.
+
+    >>> from pattern_bench.core.collector import Collector
+    >>> model = nn.Linear(2, 1)
+    >>> collector = Collector(model, gram=False)
+    >>> with collecting(model, {"": collector}), torch.no_grad():
+    ...     output = model(torch.ones(5, 2))
+    >>> collector.moments().x.tolist()
+    [[5.0, 5.0]]
+    """
 
     def watch(watcher: Watcher) -> Any:
         def hook(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -124,7 +188,13 @@ def collecting(model: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[No
 
 
 def first_not_finite(model: nn.Module, images: Tensor) -> str | None:
-    """The first layer whose output is NaN or infinite somewhere, or None."""
+    """Return the name of the first layer whose output for ``images`` (B, C, spatial...) has a NaN or infinite value, or
+    None.
+
+    >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    >>> first_not_finite(model, torch.tensor([[float("inf")]]))
+    '0'
+    """
     watched = {name: _Finite() for name in layers_in_order(model, images)}
     with torch.no_grad(), collecting(model, watched):
         model(images)
@@ -132,7 +202,7 @@ def first_not_finite(model: nn.Module, images: Tensor) -> str | None:
 
 
 class _Finite:
-    """Whether all that a layer put out was finite."""
+    """Watcher that notes whether all of a layer's outputs were finite."""
 
     finite = True
 

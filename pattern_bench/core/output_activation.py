@@ -1,10 +1,10 @@
-"""Softmaxes and sigmoids between a network's last layers and its outputs: what they make of logits is none.
+"""Find a softmax or sigmoid between a network's last layers and its outputs, after which they are no logits.
 
 One forward pass is watched below Python, so it does not matter what a softmax is called or what lies around it. Which
-of them reach the outputs without a layer in between is remembered along the way; whether one runs over the classes, as
-none in attention or in a mixture of experts does, is tried: half of what it puts out is made NaN, and where that spoils
-some outputs and not others, it tells them apart. One that is written out shows in that a constant that is added to all
-that the last layers put out changes nothing.
+of them reach the outputs without a layer in between is noted on the way. Whether one runs over the classes, as those in
+attention or in a mixture of experts do not, is tried: half of its results are made NaN, and where some outputs become
+NaN and others do not, it runs over them. A softmax that is written out shows in that the same constant added to all
+outputs of the last layers changes nothing. Shapes: B images, K outputs.
 """
 
 from __future__ import annotations
@@ -25,21 +25,33 @@ _SIGMOID = ("sigmoid", "log_sigmoid_forward", "hardsigmoid")
 
 
 class Past(NamedTuple):
-    """How a tensor came about since the last layers."""
+    """The way from the outputs of the last layers to a tensor.
+
+    >>> Past(plain=True).activations
+    frozenset()
+    """
 
     plain: bool = False
-    """Whether it depends on their outputs, or on the image, by a way without a softmax or sigmoid."""
-    squashed: frozenset[int] = frozenset()
-    """The softmaxes and sigmoids on the way, by number."""
+    """Whether it depends on their outputs, or on the image, without a softmax or sigmoid in between."""
+    activations: frozenset[int] = frozenset()
+    """The softmaxes and sigmoids in between, by number."""
     layers: frozenset[nn.Module] = frozenset()
-    """These layers."""
+    """The last layers."""
 
 
-class Squashing(TorchDispatchMode):
-    """Within, watches a forward pass of ``network`` on ``image`` (B, C, spatial...).
+class ActivationWatch(TorchDispatchMode):
+    """Watch a forward pass for softmaxes and sigmoids; a context manager.
 
     Args:
-        spoiled: the number of a softmax, half of whose outputs become NaN.
+        network: whose layers count.
+        image: (B, C, spatial...), or None where only ``spoiled`` is of interest.
+        spoiled: the number of a softmax, half of whose results become NaN.
+
+    >>> model, image = nn.Sequential(nn.Linear(2, 3), nn.Softmax(1)), torch.ones(1, 2)
+    >>> with torch.no_grad(), ActivationWatch(model, image) as watch:
+    ...     y = model(image)
+    >>> watch.calls, watch.past(y).plain, sorted(watch.past(y).activations)
+    ([3], False, [0])
     """
 
     def __init__(self, network: nn.Module, image: Tensor | None, spoiled: int | None = None) -> None:
@@ -47,13 +59,13 @@ class Squashing(TorchDispatchMode):
         self.network, self.spoiled = network, spoiled
         self.pasts: dict[int, tuple[Any, Past]] = {}  # by storage; kept, so that no other takes its place
         self.calls: list[int] = []
-        """Of every softmax, how many values share a sum; 0 for every sigmoid."""
+        """The number of values that each softmax normalises, in the order of the calls; 0 for a sigmoid."""
         self.outputs: dict[nn.Module, Tensor] = {}
         self.exits = ExitStack()
         if image is not None:
             self._write(image, Past(plain=True))
 
-    def __enter__(self) -> Squashing:
+    def __enter__(self) -> ActivationWatch:
         for module in self.network.modules():
             if isinstance(module, LAYER_TYPES):
                 self.exits.callback(module.register_forward_hook(self._leave).remove)
@@ -65,6 +77,7 @@ class Squashing(TorchDispatchMode):
         super().__exit__(*error)
 
     def past(self, t: Tensor) -> Past:
+        """Return how a tensor was made."""
         return self.pasts.get(t.untyped_storage()._cdata, (None, Past()))[1]
 
     def _write(self, t: Tensor, past: Past) -> None:
@@ -81,13 +94,13 @@ class Squashing(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         past = Past(
             any(p.plain for p in pasts),
-            frozenset().union(*(p.squashed for p in pasts)),
+            frozenset().union(*(p.activations for p in pasts)),
             frozenset().union(*(p.layers for p in pasts)),
         )
         name = func._schema.name.partition("::")[2].removesuffix("_")
         if name in _SOFTMAX or name in _SIGMOID:
-            if past.plain or past.squashed:
-                past = Past(False, past.squashed | {len(self.calls)}, past.layers)
+            if past.plain or past.activations:
+                past = Past(False, past.activations | {len(self.calls)}, past.layers)
             if len(self.calls) == self.spoiled and name in _SOFTMAX and output.ndim:
                 output.narrow(args[1], 0, (output.shape[args[1]] + 1) // 2).fill_(torch.nan)
             self.calls.append(0 if name in _SIGMOID else output.shape[args[1]] if output.ndim else 1)
@@ -104,21 +117,28 @@ def _strided(t: Any) -> bool:
     return isinstance(t, Tensor) and t.layout is torch.strided
 
 
-def squashed_by(seen: Squashing, past: Past, y: Tensor, again: Callable[[], Tensor]) -> str | None:
-    """What made of the last layers' outputs all that ``y`` (B, K) tells of classes, in words; None where it is logits.
+def output_activation(seen: ActivationWatch, past: Past, y: Tensor, again: Callable[[], Tensor]) -> str | None:
+    """Return in words the softmax or sigmoid that outputs went through after the last layers; None where they are
+    logits.
 
-    A sigmoid does where the outputs depend on the image through nothing else, so no gate is one.
+    A sigmoid counts where the outputs depend on the image through nothing else, so that gates do not.
 
     Args:
-        seen: what a forward pass showed.
-        past: of ``y``.
-        y: what it put out.
-        again: repeats it.
+        seen: the watch of a forward pass.
+        past: that of ``y``.
+        y: the pass's outputs, (B, K).
+        again: repeats the pass and returns its outputs.
+
+    >>> model, image = nn.Sequential(nn.Linear(2, 3), nn.Softmax(1)), torch.ones(1, 2)
+    >>> with torch.no_grad(), ActivationWatch(model, image) as watch:
+    ...     y = model(image)
+    >>> output_activation(watch, watch.past(y), y, lambda: model(image))
+    'a softmax over its classes'
     """
-    for number in sorted(past.squashed, reverse=True):
+    for number in sorted(past.activations, reverse=True):
         values = seen.calls[number]
         if values > 1:
-            with Squashing(seen.network, None, number):
+            with ActivationWatch(seen.network, None, number):
                 try:
                     spoiled = again().isnan() & ~y.isnan()
                 except (RuntimeError, ValueError, IndexError, AssertionError):  # it does not go on with NaN
@@ -132,14 +152,14 @@ def squashed_by(seen: Squashing, past: Past, y: Tensor, again: Callable[[], Tens
     return None
 
 
-def _is_normalised(seen: Squashing, layers: Iterable[nn.Module], y: Tensor, again: Callable[[], Tensor]) -> bool:
-    """Whether a constant that is added to all that ``layers`` put out leaves ``y`` (B, K) as it is, though one that is
+def _is_normalised(seen: ActivationWatch, layers: Iterable[nn.Module], y: Tensor, again: Callable[[], Tensor]) -> bool:
+    """Return whether a constant that is added to all outputs of ``layers`` leaves ``y`` (B, K) as it is, though one
     added to half of their neurons does not; and neither because ``y`` is linear in them (as minus their mean) nor
-    because of a norm (which takes their scale away, too)."""
+    because of a norm (which takes their scale away too)."""
     size = 1 + 20 * max(float(seen.outputs[layer].abs().max()) for layer in layers)
 
     def change(of: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-        """How ``y`` changes where the layers put out something else."""
+        """Return how ``y`` changes where the layers put out something else."""
         handles = [layer.register_forward_hook(lambda m, _, z: of(m, z)) for layer in layers]
         try:
             return again() - y

@@ -1,24 +1,22 @@
-"""What a network puts out, and what that says: logits, the probabilities they stand for, and the class predicted.
+"""Find a network's logits among its outputs, or before a last softmax or sigmoid.
 
-Explanations start from logits. Networks whose last step is a softmax, log-softmax or sigmoid, whose outputs have
-another form than (B, K), or that put out several tensors, are read by :class:`Logits`: it runs the network as it is and
-hands on what went into that last step.
+Explanations start from logits. A network whose last step is a softmax, log-softmax or sigmoid, whose outputs have
+another shape than (B, K), or that returns several tensors, is wrapped in :class:`Logits`: it runs the network as it is
+and returns what went into that last step. Shapes: B images, C channels, K outputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pattern_bench.core.network import first_not_finite, refuse_training, unwrapped
-from pattern_bench.core.output_activation import Squashing, squashed_by
-from pattern_bench.core.tensor_checks import unusable, whole_numbers
+from pattern_bench.core.network import refuse_training, unwrapped
+from pattern_bench.core.output_activation import ActivationWatch, output_activation
 from pattern_bench.errors import UserError, told
 
 Output = str | int | Callable[[Any], Tensor] | None
@@ -26,8 +24,6 @@ Output = str | int | Callable[[Any], Tensor] | None
 
 _SOFTMAX = ("softmax", "log_softmax")
 _SIGMOID = ("sigmoid", "sigmoid_", "logsigmoid", "log_sigmoid", "expit", "special_expit")
-
-
 _REMEDY = (
     "explanations start from logits, so hand over a network that puts them out, or say which of its outputs they are "
     "(model.output=NAME; from Python pb.Logits(model, NAME), or a function that undoes what follows a last softmax, as "
@@ -35,148 +31,10 @@ _REMEDY = (
 )
 
 
-# --- probabilities ---
-
-
-def probabilities(network: Any, logits: Tensor) -> Tensor:
-    """Probabilities that ``logits`` (B, K) of ``network`` stand for, (B, K).
-
-    Their softmax. Of a single logit, and of a network that ends in a sigmoid, each output's own sigmoid: a network with
-    one logit z tells class 1 from class 0, z is evidence for class 1, and sigmoid(z) is the probability of class 1.
-    """
-    return logits.sigmoid() if independent(network, logits) else logits.softmax(1)
-
-
-def spoilt(network: Any, images: Tensor, logits: Tensor) -> str | None:
-    """The first layer where something is NaN or infinite, where that shows in the ``logits`` (B, K) of ``images``; None
-    where they are of numbers."""
-    if probabilities(network, logits).isfinite().all():
-        return None
-    return first_not_finite(network, images) or "after the last one"
-
-
-def independent(network: Any, logits: Tensor) -> bool:
-    """Whether each of ``logits`` (B, K) tells of a class by itself, rather than against the others."""
-    return logits.shape[1] == 1 or (isinstance(network, Logits) and network._independent)
-
-
-class Answer(NamedTuple):
-    """What a network answers: ``output`` to explain, class ``label`` and the ``confidence`` in it, each (B,).
-
-    Output and label are the same but for networks with one logit z, which have nothing but output 0 to explain: the
-    label is 1 where z > 0 and 0 elsewhere, with the larger of sigmoid(z) and sigmoid(-z) for confidence.
-    """
-
-    output: Tensor
-    label: Tensor
-    confidence: Tensor
-
-
-def answer(network: Any, logits: Tensor) -> Answer:
-    """The answer that ``logits`` (B, K) of ``network`` give."""
-    found = probabilities(network, logits)
-    confidence, output = found.max(1)
-    if logits.shape[1] > 1:
-        return Answer(output, output, confidence)
-    return Answer(output, (logits[:, 0] > 0).long(), torch.maximum(confidence, 1 - confidence))
-
-
-def targets(target: Any, logits: Tensor, who: str = "") -> Tensor:
-    """The outputs that ``target`` asks for, (B,): those of the largest of ``logits`` (B, K) for None. Errors begin with
-    ``who``.
-
-    Raises:
-        UserError: where it is neither a whole number nor B of them, or out of range.
-    """
-    if target is None:
-        return logits.detach().argmax(1)
-    asked, outputs = asked_for(target, len(logits), logits.device, who), logits.shape[1]
-    outside = asked[(asked < 0) | (asked >= outputs)]
-    if len(outside):
-        raise UserError(
-            f"{who}target={int(outside[0])} is out of range: the network has {outputs} outputs, so give 0 to "
-            f"{outputs - 1}, or None for the predicted class"
-        )
-    return asked
-
-
-def asked_for(target: Any, images: int, device: torch.device, who: str = "") -> Tensor:
-    """``target``, one whole number or a tensor of one for each image, as (images,) int64. Errors begin with ``who``.
-
-    Raises:
-        UserError: where it is neither.
-    """
-    if isinstance(target, Integral) and not isinstance(target, bool) and -(2**63) <= int(target) < 2**63:
-        return torch.full((images,), int(target), device=device)
-    if not isinstance(target, Tensor) or not whole_numbers(target) or target.shape not in ((), (images,)):
-        what = told(target)
-        if isinstance(target, Tensor):
-            what = unusable(target) or f"{target.dtype} of shape {tuple(target.shape)}"
-        raise UserError(
-            f"{who}target={what} is not possible: give one whole number, a tensor of {images} (one for each image), or "
-            "None for the predicted class"
-        )
-    return target.detach().to(device, torch.int64).expand(images).clone()
-
-
-# --- logits ---
-
-
-@dataclass
-class _Call:
-    """A softmax or sigmoid that a forward pass took: of ``x``, which lies apart; (B, K) over ``dim`` of it."""
-
-    x: Tensor
-    dim: int | None
-
-    def gives(self, y: Tensor, in_softmax: bool = False) -> bool:
-        """Whether the outputs ``y`` (B, K) are this, or its logarithm, perhaps in another shape. Where a softmax of
-        them was taken, only a log-softmax is as good as what went into it."""
-        x = self.x
-        if x.numel() != y.numel() or x.dtype != y.dtype:
-            return False
-        if self.dim is None:
-            candidates = [] if in_softmax else [x.sigmoid(), nn.functional.logsigmoid(x)]
-        elif x.shape[self.dim] == y.shape[1] > 1:
-            candidates = [x.log_softmax(self.dim)] if in_softmax else [x.softmax(self.dim), x.log_softmax(self.dim)]
-        else:
-            return False
-        close = 64 * torch.finfo(y.dtype).eps
-        return any(torch.allclose(c.reshape(y.shape), y, rtol=close, atol=close) for c in candidates)
-
-
-class _Calls(TorchFunctionMode):
-    """Keeps every softmax and sigmoid of a forward pass; with ``only``, that one by number, with its graph."""
-
-    def __init__(self, only: int | None = None) -> None:
-        super().__init__()
-        self.only, self.count = only, 0
-        self.calls: list[_Call] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in _SOFTMAX or name in _SIGMOID:
-            if self.only in (None, self.count):
-                x, *more = args or (kwargs["input"],)
-                if isinstance(x, Tensor) and x.is_floating_point():
-                    self.calls.append(_Call(x.clone(), None if name in _SIGMOID else _dim(x, more, kwargs)))
-            self.count += 1
-        return func(*args, **kwargs)
-
-
-def _dim(x: Tensor, more: Any, kwargs: Mapping[str, Any]) -> int:
-    """The dimension of a softmax; that of torch's default where none is given."""
-    dim = kwargs.get("dim", more[0] if more else None)
-    default = 0 if x.ndim in (0, 1, 3) else 1
-    return dim if isinstance(dim, int) else default
-
-
 class Logits(nn.Module):
-    """A network that puts out its logits, (B, K), in the place of all its outputs.
+    """A network that returns its logits (B, K) in the place of all its outputs.
 
-    Layers, parameters and their names are the network's own, and shared with it; whatever changes the one changes the
-    other.
+    Its layers and parameters, and their names, are the network's own: a change of one is a change of the other.
 
     Args:
         network: any network.
@@ -186,6 +44,12 @@ class Logits(nn.Module):
     Raises:
         UserError: where ``network`` is none, or ``output`` no key, index or function; in a forward pass, where there is
             no such output, or several and none is named.
+
+    >>> class TwoHeads(nn.Linear):
+    ...     def forward(self, x):
+    ...         return {"classes": super().forward(x), "mean": x.mean()}
+    >>> Logits(TwoHeads(2, 5), "classes")(torch.ones(1, 2)).shape
+    torch.Size([1, 5])
     """
 
     # Underscores, and nothing registered: every other name is one of the network's own modules.
@@ -215,9 +79,10 @@ class Logits(nn.Module):
         self.training = network.training
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (B, K) of images (B, C, spatial...)."""
         if self._last is None:
-            found = self._selected(x)
-            return found[:, None] if found.ndim == 1 else found
+            logits = self._selected(x)
+            return logits[:, None] if logits.ndim == 1 else logits
         with _Calls(self._last) as calls:
             self._selected(x)  # whose function may take a softmax, too
         return calls.calls[0].x.reshape(len(x), -1)
@@ -226,11 +91,13 @@ class Logits(nn.Module):
         return selected(self._network(x), self._output, type(self._network).__name__)
 
     def train(self, mode: bool = True) -> Logits:
+        """Set training mode, of the network too."""
         super().train(mode)
         self._network.train(mode)
         return self
 
     def extra_repr(self) -> str:
+        """Return the network's class and the settings in the printed form."""
         kind = type(self._network)
         parts = {"output": self._output, "last": self._last}
         return ", ".join(
@@ -239,10 +106,10 @@ class Logits(nn.Module):
 
 
 def as_logits(model: nn.Module, example: Tensor, output: Output = None) -> nn.Module:
-    """The network itself where it puts out logits (B, K), else its :class:`Logits`. Nothing of it is changed.
+    """Return the network itself where it puts out logits (B, K), otherwise its :class:`Logits`; nothing in it changes.
 
-    Whether a network's last step is a softmax is found by looking: at the outputs for ``example``, and at which
-    function made them.
+    Whether a network's last step is a softmax is found by looking: at the outputs for ``example``, and at the function
+    that made them.
 
     Args:
         model: any network, in evaluation mode.
@@ -252,11 +119,15 @@ def as_logits(model: nn.Module, example: Tensor, output: Output = None) -> nn.Mo
     Raises:
         UserError: where the network is in training mode; where it puts out several tensors and none is named,
             probabilities that no softmax or sigmoid made, or what was made of the probabilities of one.
+
+    >>> model, image = nn.Sequential(nn.Linear(2, 3), nn.Softmax(1)).eval(), torch.ones(1, 2)
+    >>> torch.equal(as_logits(model, image)(image), model[0](image)), as_logits(model[0], image) is model[0]
+    (True, True)
     """
     refuse_training(model)
     plain_model, model = model, unwrapped(model)
     name = type(model._network if isinstance(model, Logits) else model).__name__
-    with torch.no_grad(), Squashing(model, example) as seen, _Calls() as calls:
+    with torch.no_grad(), ActivationWatch(model, example) as seen, _Calls() as calls:
         whole = model(example)
         y = selected(whole, output, name)
     plain = y is whole
@@ -269,16 +140,36 @@ def as_logits(model: nn.Module, example: Tensor, output: Output = None) -> nn.Mo
         y = y[None]
     if y.ndim == 1 and len(y) == len(example):
         y, plain = y[:, None], False
+    wrapped = plain_model if plain else Logits(model, output)
     if y.ndim != 2 or len(y) != len(example):
-        return plain_model if plain else Logits(model, output)
-    found: nn.Module = plain_model if plain else Logits(model, output)
+        return wrapped
+    return _before_activation(wrapped, model, output, example, y, seen, calls.calls)
+
+
+def _before_activation(
+    wrapped: nn.Module,
+    model: nn.Module,
+    output: Output,
+    example: Tensor,
+    y: Tensor,
+    seen: ActivationWatch,
+    calls: list[_Call],
+) -> nn.Module:
+    """Return ``wrapped``, or a :class:`Logits` of ``model`` without the softmax or sigmoid that made the outputs ``y``
+    (B, K).
+
+    Raises:
+        UserError: where ``y`` are probabilities, or made of some, and no such step can be taken off.
+    """
+    name = type(model._network if isinstance(model, Logits) else model).__name__
     past, stripped = seen.past(y), False
-    for number, call in reversed(list(enumerate(calls.calls))):
+    for number, call in reversed(list(enumerate(calls))):
         if call.gives(y, in_softmax=stripped):
-            found, stripped = Logits(model, output), True
-            found._last, found._independent = number, call.dim is None
+            logits, stripped = Logits(model, output), True
+            logits._last, logits._independent = number, call.dim is None
+            wrapped = logits
             y, past = call.x.reshape(y.shape), seen.past(call.x)
-            if found._independent:
+            if logits._independent:
                 break
     if not stripped and _are_probabilities(y):
         raise UserError(
@@ -287,18 +178,18 @@ def as_logits(model: nn.Module, example: Tensor, output: Output = None) -> nn.Mo
 
     def again() -> Tensor:
         with torch.no_grad():
-            outputs: Tensor = found(example)
+            outputs: Tensor = wrapped(example)
             return outputs.reshape(y.shape)
 
-    if squashed := squashed_by(seen, past, y, again):
+    if activation := output_activation(seen, past, y, again):
         raise UserError(
-            f"model={name} puts out what is left of its logits after {squashed} and what follows it: {_REMEDY}"
+            f"model={name} puts out what is left of its logits after {activation} and what follows it: {_REMEDY}"
         )
-    return found
+    return wrapped
 
 
 def _are_probabilities(y: Tensor) -> bool:
-    """Whether all rows of ``y`` (B, K) are distributions, or logarithms of distributions."""
+    """Return whether all rows of ``y`` (B, K) are distributions, or logarithms of distributions."""
     if y.shape[1] < 2:
         return False
     y = y.double()
@@ -308,26 +199,87 @@ def _are_probabilities(y: Tensor) -> bool:
     )
 
 
+@dataclass
+class _Call:
+    """A softmax or sigmoid in a forward pass: a copy of its input ``x``, and the softmax's dimension, None for a
+    sigmoid."""
+
+    x: Tensor
+    dim: int | None
+
+    def gives(self, y: Tensor, in_softmax: bool = False) -> bool:
+        """Return whether the outputs ``y`` (B, K) are its result, or the logarithm of that, perhaps in another shape.
+
+        ``in_softmax``: ``y`` went into a softmax itself, so only a log-softmax leaves it as good as the logits.
+        """
+        x = self.x
+        if x.numel() != y.numel() or x.dtype != y.dtype:
+            return False
+        if self.dim is None:
+            candidates = [] if in_softmax else [x.sigmoid(), nn.functional.logsigmoid(x)]
+        elif x.shape[self.dim] == y.shape[1] > 1:
+            candidates = [x.log_softmax(self.dim)] if in_softmax else [x.softmax(self.dim), x.log_softmax(self.dim)]
+        else:
+            return False
+        close = 64 * torch.finfo(y.dtype).eps
+        return any(torch.allclose(c.reshape(y.shape), y, rtol=close, atol=close) for c in candidates)
+
+
+class _Calls(TorchFunctionMode):
+    """Record every softmax and sigmoid of a forward pass; with ``only``, the one of that number, with its graph."""
+
+    def __init__(self, only: int | None = None) -> None:
+        super().__init__()
+        self.only, self.count = only, 0
+        self.calls: list[_Call] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _SOFTMAX or name in _SIGMOID:
+            if self.only in (None, self.count):
+                x, *more = args or (kwargs["input"],)
+                if isinstance(x, Tensor) and x.is_floating_point():
+                    self.calls.append(_Call(x.clone(), None if name in _SIGMOID else _dim(x, more, kwargs)))
+            self.count += 1
+        return func(*args, **kwargs)
+
+
+def _dim(x: Tensor, more: Any, kwargs: Mapping[str, Any]) -> int:
+    """Return the dimension of a softmax, torch's default where none is given."""
+    dim = kwargs.get("dim", more[0] if more else None)
+    default = 0 if x.ndim in (0, 1, 3) else 1
+    return dim if isinstance(dim, int) else default
+
+
 def selected(outputs: Any, output: Output, name: str) -> Tensor:
-    """The tensor that ``output`` names among a network's outputs.
+    """Return the tensor that ``output`` names among a network's outputs.
+
+    Args:
+        outputs: what the network returned.
+        output: as of :class:`Logits`.
+        name: the network's, for errors.
 
     Raises:
         UserError: where it names none; where it is None and there are several.
+
+    >>> selected({"logits": torch.zeros(1), "features": torch.ones(1)}, "features", "mine")
+    tensor([1.])
     """
     if output is None and isinstance(outputs, Tensor):
         return outputs
     if callable(output):
         try:
-            found = output(outputs)
+            chosen = output(outputs)
         except Exception as error:
             raise UserError(
                 f"model={name}: the function that chooses its logits failed ({type(error).__name__}: {error}): it gets "
                 f"what the network returns, a {type(outputs).__name__}"
             ) from error
-        if isinstance(found, Tensor):
-            return found
+        if isinstance(chosen, Tensor):
+            return chosen
         raise UserError(
-            f"model={name}: the function that chooses its logits returned a {type(found).__name__}: return a tensor"
+            f"model={name}: the function that chooses its logits returned a {type(chosen).__name__}: return a tensor"
         )
     choices = _tensors(outputs)
     if output is None and len(choices) == 1:
@@ -345,17 +297,22 @@ def selected(outputs: Any, output: Output, name: str) -> Tensor:
 
 
 def heads(outputs: Any) -> list[Tensor]:
-    """The logits, and then those of auxiliary heads, among a network's outputs in training: all of one shape; those
-    that are called ``logits``, or the first, are the network's own."""
+    """Return the logits, and then those of auxiliary heads, among a network's outputs in training: all of one shape.
+
+    The network's own are those that are called ``logits``, or the first.
+
+    >>> [tensor.item() for tensor in heads({"aux": torch.tensor(1.0), "logits": torch.tensor(2.0)})]
+    [2.0, 1.0]
+    """
     if isinstance(outputs, Tensor):
         return [outputs]
-    found = _tensors(outputs)
-    own = found.pop("logits" if "logits" in found else next(iter(found)))
-    return [own, *(tensor for tensor in found.values() if tensor.shape == own.shape)]
+    tensors = _tensors(outputs)
+    own = tensors.pop("logits" if "logits" in tensors else next(iter(tensors)))
+    return [own, *(tensor for tensor in tensors.values() if tensor.shape == own.shape)]
 
 
 def _tensors(outputs: Any) -> dict[Any, Tensor]:
-    """The tensors among outputs, by key, field or index."""
+    """Return the tensors among outputs, by key, field or index."""
     if isinstance(outputs, Mapping):
         named: Mapping[Any, Any] = outputs
     elif isinstance(outputs, tuple | list):

@@ -1,9 +1,11 @@
-"""rho(S) = 1 - max_v corr(y, vᵀd) in closed form, for all neurons of a layer from one factorisation.
+"""Compute rho(S) = 1 - max_v corr(y, vᵀd) in closed form, for all neurons of a layer from one factorisation.
 
 With z = (u g, u (1-g)), A = (a₊, a₋), P = cov[x, z] and V = cov[z], the residual d = x - A z has
 ``cov[d] = Σ + U K Uᵀ`` with U = [P A] and K = [[0, -I], [-I, V]]: a change of rank 4 of the Gram Σ that all
 neurons share. The maximum is at v = (cov[d] + λI)⁻¹ cov[d, y], through Woodbury's identity (Kindermans et al.
 2018, Eq. 1 and Fig. 3; there by gradient descent).
+
+Shapes: N neurons of a layer, n of them at a time, G groups, D values of a patch, R parts of z.
 """
 
 from __future__ import annotations
@@ -17,26 +19,42 @@ from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.moments import MEMORY, NO_GRAM, Moments
 
 CRITERIA = ("all", "rectified", "positive")
+"""Which output the residual is asked about: see :class:`Target`; ``positive`` is y over samples with g = 1."""
 CLOSED_FORM = CRITERIA[:2]
-"""From moments that all neurons share; ``positive`` has another Σ for every neuron (``core/firing.py``)."""
+"""Criteria whose Σ all neurons share; ``positive`` has another Σ for every neuron (``core/active_moments.py``)."""
 LARGEST_REGULARISATION = 1e-2
+"""The largest λ that is tried, as a multiple of Σ's mean diagonal."""
 ROUNDING = 1e-10
-"""Inputs that vary by less than this share of their mean square do not vary."""
+"""A variance below this share of the mean square is rounding, and counts as zero."""
+SMALLEST_RAISED = 1e-8
+"""The first λ that is tried where none, or less, does not do, as a multiple of Σ's mean diagonal."""
+COPIES = 24
+"""Numbers that solving for one neuron takes, as a multiple of D: right-hand sides, solutions, products."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Which output the residual is asked about.
+    """The output t that the residual is asked about.
 
-    ``all``: t = y over all samples, Eq. (1) to the letter. ``rectified``: t = max(y, 0) = u g + b g, what the next
-    layer sees. ``bias`` (N,) is the layer's, None for none.
+    Args:
+        criterion: ``all``, t = y over all samples, Eq. (1) to the letter; ``rectified``, t = max(y, 0) = u g + b g,
+            what the next layer sees.
+        bias: the layer's, (N,), or None; it matters to ``rectified``.
+
+    >>> Target().weights(slice(0, 2), torch.ones(2, 1)).tolist()  # y = u g + u (1-g), up to the bias
+    [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]
     """
 
     criterion: str = "all"
     bias: Tensor | None = None
 
     def weights(self, part: slice, unit: Tensor) -> Tensor:
-        """t as a sum of u g, u (1-g) (both in ``unit``, (n, 1)) and g, up to a constant: (n, 3)."""
+        """Return the weights with which t is the sum of u g, u (1-g) and g, up to a constant: (n, 3).
+
+        Args:
+            part: the n neurons.
+            unit: what u is measured in, (n, 1).
+        """
         one, zero = torch.ones_like(unit), torch.zeros_like(unit)
         if self.criterion == "all":
             return torch.cat([one, one, zero], 1)
@@ -46,9 +64,11 @@ class Target:
 
 @dataclass(frozen=True)
 class _Residual:
-    """Second moments of z and of the target t for a slice of n neurons, in units of each neuron's deviation of u
-    (A z and every correlation stay as they are; the small systems become well scaled). z has R = 2 parts, u g and
-    u (1-g); or, where a₊ = a₋, the one part u."""
+    """Second moments of z and of the target t for n neurons, in units of each neuron's standard deviation of u.
+
+    In these units A z and every correlation are the same, and the small systems well scaled. z has R = 2 parts, u g and
+    u (1-g); or, where a₊ = a₋, the one part u.
+    """
 
     a: Tensor  # (n, D, R)
     p: Tensor  # (n, D, R) = cov[x, z]
@@ -96,14 +116,8 @@ def _residual(m: Moments, pattern: Pattern, part: slice, target: Target) -> _Res
     )
 
 
-SMALLEST_RAISED = 1e-8
-"""The first λ that is tried where none, or less, does not do, as a multiple of Σ's mean diagonal."""
-COPIES = 24
-"""How many times the patches' size D a neuron takes while it is solved for: right-hand sides, solutions, products."""
-
-
 def _slices(m: Moments, memory: int) -> list[tuple[int, slice]]:
-    """Neurons group by group, in parts that stay within ``memory`` bytes."""
+    """Return each group with slices of its neurons that can be solved for within ``memory`` bytes."""
     groups, d = m.x.shape
     per_group = m.g.shape[0] // groups
     step = max(1, memory // (8 * COPIES * d))
@@ -115,16 +129,31 @@ def _slices(m: Moments, memory: int) -> list[tuple[int, slice]]:
 
 
 class Probe:
-    """The best linear reader of a residual, fitted on one split's moments.
+    """Fit the best linear reader v of each neuron's residual to one split's moments.
 
     Args:
         moments: sums of the probe split, with the Gram matrix.
         regularisation: λ as a multiple of Σ's mean diagonal; raised tenfold, up to ``LARGEST_REGULARISATION``,
-            where Σ cannot be factorised with less. The attribute of this name holds what was used.
+            where Σ cannot be factorised with less. The attribute of this name is what was used.
         memory: bytes for the neurons that are solved for at a time, besides Σ's factor itself.
 
     Raises:
-        ValueError: where no factorisation exists.
+        ValueError: where the moments have no Gram matrix, or no factorisation exists.
+
+    Two values, the second the first plus noise of its own; the pattern leaves that noise, which tells nothing of u:
+
+    >>> from torch import nn
+    >>> from pattern_bench.core.collector import Collector
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, 0.0]]))
+    >>> x = torch.tensor([[1.0, 2.0], [1.0, 0.0], [-1.0, 0.0], [-1.0, -2.0]])
+    >>> collector = Collector(layer, gram=True)
+    >>> collector.add(x, layer(x))
+    >>> moments, a = collector.moments(), torch.tensor([[1.0, 1.0]], dtype=torch.float64)
+    >>> pattern = Pattern(a, a, torch.tensor([False]))
+    >>> v = Probe(moments, 1e-6).direction(pattern)
+    >>> rho(v, moments, pattern).tolist()
+    [1.0]
     """
 
     def __init__(self, moments: Moments, regularisation: float, memory: int = MEMORY) -> None:
@@ -142,7 +171,10 @@ class Probe:
             )
 
     def _factorise(self) -> tuple[Tensor, bool]:
-        """Σ + λI's factor, (G, D, D), in the memory of Σ: at D = 25,088 a copy would be another 5 GB."""
+        """Return the Cholesky factor of Σ + λI, (G, D, D), and whether there is none.
+
+        It takes the memory of Σ: at D = 25,088 a copy would be another 5 GB.
+        """
         covariance, square = self.moments.cov_x, self.moments.square_x
         diagonal = covariance.diagonal(dim1=1, dim2=2)
         scale = diagonal.mean(1, keepdim=True)
@@ -157,7 +189,12 @@ class Probe:
         return factor, bool(info.any())
 
     def direction(self, pattern: Pattern, target: Target = Target()) -> Tensor:
-        """v for each neuron, (N, D); NaN where the target does not vary, so that there is nothing to fit."""
+        """Return v for each neuron, (N, D) float64; NaN where the target does not vary: there is nothing to fit.
+
+        Args:
+            pattern: the layer's patterns, (N, D).
+            target: the output that v shall read off the residual.
+        """
         parts = [
             self._solve(group, _residual(self.moments, pattern, part, target))
             for group, part in _slices(self.moments, self.memory)
@@ -182,7 +219,8 @@ class Probe:
 def rho(
     direction: Tensor, moments: Moments, pattern: Pattern, target: Target = Target(), memory: int = MEMORY
 ) -> Tensor:
-    """rho(S) of each neuron on a test split: 1 - corr(t, vᵀd) from that split's moments.
+    """Return rho(S) of each neuron on a test split: 1 - corr(t, vᵀd) from that split's moments (Kindermans et al. 2018,
+    Eq. 1).
 
     Args:
         direction: v (N, D), from :meth:`Probe.direction` on another split.
@@ -192,8 +230,23 @@ def rho(
         memory: bytes for the neurons that are evaluated at a time.
 
     Returns:
-        (N,), NaN where the target does not vary on this split or on v's; 1 where v reads nothing; above 1 by
+        (N,) float64: NaN where the target does not vary on this split or on v's; 1 where vᵀd does not vary; above 1 by
         noise.
+
+    Raises:
+        ValueError: where the moments have no Gram matrix.
+
+    A pattern that finds nothing leaves all of u in the residual, and rho is 0:
+
+    >>> from torch import nn
+    >>> from pattern_bench.core.collector import Collector
+    >>> layer, x = nn.Linear(1, 1), torch.tensor([[1.0], [2.0], [3.0]])
+    >>> collector = Collector(layer, gram=True)
+    >>> collector.add(x, layer(x))
+    >>> moments, nothing = collector.moments(), torch.zeros(1, 1, dtype=torch.float64)
+    >>> pattern = Pattern(nothing, nothing, torch.tensor([False]))
+    >>> abs(rho(Probe(moments, 1e-6).direction(pattern), moments, pattern).item()) < 1e-6
+    True
     """
     if moments.gram is None:
         raise ValueError(NO_GRAM)

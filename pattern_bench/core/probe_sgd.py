@@ -1,7 +1,9 @@
-"""The readers v of ρ(S) as the paper fitted them: by gradient descent on least squares, all neurons at once.
+"""Fit the readers v of ρ(S) as Kindermans et al. 2018 did: by gradient descent on least squares, all neurons at once.
 
-The residual d = x - S(x) is never made: vᵀd = vᵀx - (vᵀa₊ g + vᵀa₋ (1-g)) u is one more convolution of the layer's
+The residual d = x - S(x) is never computed: vᵀd = vᵀx - (vᵀa₊ g + vᵀa₋ (1-g)) u is one more convolution of the layer's
 geometry and a scaled u. Unlike the closed form this serves the criterion ``positive``, and needs no Gram matrix.
+
+Shapes: B images, C input channels, G groups, N neurons, D values of a patch.
 """
 
 from __future__ import annotations
@@ -29,21 +31,27 @@ from pattern_bench.core.layers import (
 POSITIONS = 256
 """Output positions of an image that the coordinates of v are chosen from."""
 FLOOR = 1e-3
-"""Directions in which x varies by less than this share of the mean are not blown up further."""
+"""Coordinates are scaled by at most what directions with this share of the mean variance need."""
 WIDEST = 2048
 """Inputs with more channels are scaled, not decorrelated: the decomposition would take longer than the descent."""
 
 
 def readout(layer: Layer, v: Tensor, pattern: Pattern, x: Tensor, u: Tensor, gate: Tensor) -> Tensor:
-    """vᵀd at every position.
+    """Return vᵀd at every position, (B, N, output spatial...).
 
     Args:
-        layer: whose geometry cuts the patches.
+        layer: its geometry cuts the patches.
         v: (N, D).
         pattern: (N, D), in the activations' precision.
         x: the layer's input, (B, C, spatial...).
         u: its output without bias, (B, N, output spatial...).
-        gate: where y > 0, of u's shape.
+        gate: y > 0, bool of u's shape.
+
+    >>> layer, x = nn.Linear(2, 1), torch.tensor([[1.0, 2.0]])
+    >>> v, a = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 1.0]])
+    >>> pattern = Pattern(a, a, torch.tensor([False]))
+    >>> readout(layer, v, pattern, x, torch.tensor([[1.0]]), torch.tensor([[True]])).tolist()  # d = (1, 2) - (1, 1)
+    [[1.0]]
     """
     vx = convolved(x, v.view_as(layer.weight), None, geometry_of(layer))
     along = (1, -1, *[1] * (u.ndim - 2))
@@ -55,15 +63,22 @@ def readout(layer: Layer, v: Tensor, pattern: Pattern, x: Tensor, u: Tensor, gat
 class Reader(nn.Module):
     """Readers v of all neurons of one layer, and the least-squares problem that they solve.
 
-    Natural images make that problem so ill-conditioned that descent in the coordinates of x does not end: v is kept
-    in coordinates in which x is decorrelated over channels and over kernel taps, estimated on the first batch. This
-    changes the path, not the solution: E[(t - vᵀd - c)²] + λ|v|², as in the closed form.
+    The objective is E[(t - vᵀd - c)²] + λ|v|², as in the closed form. Natural images make it so ill-conditioned that
+    descent in the coordinates of x does not converge: v is kept in coordinates in which x is decorrelated over channels
+    and over kernel taps, estimated on the first batch. That changes the path of the descent, not the solution.
 
     Args:
         layer: of a canonical network.
         pattern: (N, D) or in the weight's shape.
         criterion: ``all``, ``rectified``, or ``positive``: t = y, over samples with g = 1 only.
         regularisation: λ as a multiple of the mean variance of x's entries.
+
+    >>> layer, x = nn.Linear(2, 1).requires_grad_(False), torch.tensor([[1.0, 2.0], [3.0, 1.0], [-2.0, 0.5]])
+    >>> nothing = torch.zeros(1, 2)
+    >>> reader = Reader(layer, Pattern(nothing, nothing, torch.tensor([True])), "all", 1e-4)
+    >>> reader.calibrate(x, layer(x))
+    >>> torch.allclose(reader.loss(x, layer(x)), torch.ones(1))  # for v = 0, the target's variance
+    True
     """
 
     positive: Tensor
@@ -98,15 +113,17 @@ class Reader(nn.Module):
 
     @property
     def layer(self) -> Any:
+        """The layer, which is no submodule."""
         return self._layer[0]
 
     @property
     def pattern(self) -> Pattern:
+        """The patterns, (N, D), in the activations' precision."""
         return Pattern(self.positive, self.negative, torch.zeros_like(self.unit, dtype=torch.bool))
 
     @property
     def v(self) -> Tensor:
-        """(N, D)."""
+        """The readers in the coordinates of x, (N, D)."""
         groups = len(self.across_channels)
         q = self.coordinates.view(groups, -1, *self.coordinates.shape[1:])
         q = q @ self.across_taps[:, None].mT
@@ -117,7 +134,15 @@ class Reader(nn.Module):
         return q.flatten(0, 1).flatten(1) * self.unit[:, None]
 
     def samples(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Of a layer's input and output: x, u, the gate, the target, and which samples count (1 or 0)."""
+        """Return x, u, the gate, the target t, and which samples count (1 or 0), for a layer's input and output.
+
+        Args:
+            x: (B, C, spatial...); (..., C) for a Linear layer.
+            y: the output with bias, (B, N, output spatial...); (..., N) for a Linear layer.
+
+        Returns:
+            x in at least float32; the others in the shape of the output.
+        """
         x, y = wide(x), wide(y)
         if isinstance(self.layer, nn.Linear):
             x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
@@ -131,12 +156,12 @@ class Reader(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, y: Tensor) -> None:
-        """Chooses coordinates, units and centre from a batch."""
+        """Choose coordinates, units and centre from a batch of the layer's input and output, as of :meth:`samples`."""
         x, u, gate, target, counts = self.samples(x, y)
         geometry, axes = geometry_of(self.layer), [i for i in range(u.ndim) if i != 1]
-        there = u[0, 0].numel()
+        every = u[0, 0].numel()
         generator = torch.Generator().manual_seed(0)
-        positions = draw_positions(len(x), there, min(POSITIONS, there), generator).to(x.device)
+        positions = draw_positions(len(x), every, min(POSITIONS, every), generator).to(x.device)
         p = patches_at(x, geometry, positions).double()
         mean = patch_sum(x, geometry) / (u.numel() / u.shape[1])
         q = (p - p.mean(1, keepdim=True)).view(*p.shape[:2], self.layer.weight.shape[1], -1)
@@ -166,7 +191,7 @@ class Reader(nn.Module):
         self.mean_d.copy_(mean_x - self.positive * above[:, None] - self.negative * below[:, None])
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Each neuron's objective in units of the target's variance, (N,): 1 for v = 0, least at the best v."""
+        """Return each neuron's objective in units of the target's variance, (N,): 1 for v = 0, least at the best v."""
         x, u, gate, target, counts = self.samples(x, y)
         v = self.v
         # Centred by the first batch's means; the offset learns what they miss.
@@ -178,7 +203,7 @@ class Reader(nn.Module):
 
 
 def _decorrelating(covariance: Tensor) -> Tensor:
-    """W (G, k, k) such that WᵀCW is the identity, but for directions with next to no variance."""
+    """Return W (G, k, k) such that WᵀCW is the identity, but for directions with next to no variance."""
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp(min=0)
     mean = values.mean(1, keepdim=True)
@@ -186,10 +211,17 @@ def _decorrelating(covariance: Tensor) -> Tensor:
 
 
 class Correlation:
-    """Running correlation of t and vᵀd for each neuron of a layer, in float64.
+    """Measure the correlation of t and vᵀd for each neuron of a layer, batch by batch, in float64.
 
     Args:
         reader: v, patterns and criterion.
+
+    >>> layer, x = nn.Linear(2, 1).requires_grad_(False), torch.tensor([[1.0, 2.0], [3.0, 1.0], [-2.0, 0.5]])
+    >>> nothing = torch.zeros(1, 2)
+    >>> correlation = Correlation(Reader(layer, Pattern(nothing, nothing, torch.tensor([True])), "all", 1e-4))
+    >>> correlation.add(x, layer(x))
+    >>> correlation.rho().tolist()  # v = 0 reads nothing
+    [1.0]
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -198,7 +230,7 @@ class Correlation:
 
     @torch.no_grad()
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Adds a batch of the layer's input and output."""
+        """Add a batch of the layer's input and output, as of :meth:`Reader.samples`."""
         r = self.reader
         x, u, gate, target, counts = r.samples(x, y)
         read = readout(r.layer, r.v, r.pattern, x, u, gate).double()
@@ -209,15 +241,18 @@ class Correlation:
         self.sums += torch.stack([product.sum(axes) for product in products])
 
     def state(self) -> dict[str, Tensor]:
-        """The sums so far, for :meth:`restore`."""
+        """Return the sums, for :meth:`restore`."""
         return {"sums": self.sums}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from another's ``state``."""
+        """Go on from the :meth:`state` of another correlation of the same reader."""
         self.sums = state["sums"].to(self.sums.device, copy=True)
 
     def rho(self) -> Tensor:
-        """1 - corr(t, vᵀd), (N,); NaN where the target does not vary, 1 where v reads nothing."""
+        """Return 1 - corr(t, vᵀd), (N,) float64 (Kindermans et al. 2018, Eq. 1).
+
+        NaN where the target does not vary, 1 where vᵀd does not.
+        """
         n, t, r, tt, rr, tr = self.sums
         n = n.clamp(min=1)
         tt, rr, tr = tt / n - (t / n).square(), rr / n - (r / n).square(), tr / n - t * r / n.square()

@@ -1,4 +1,4 @@
-"""How products and convolutions of float32 numbers are rounded.
+"""Set how products and convolutions of float32 numbers are rounded.
 
 torch lets cuDNN round the inputs of convolutions to TF32 (10 bits of mantissa) unless told otherwise, and
 ``torch.set_float32_matmul_precision``, or Lightning's users, do the same to products, on some CPUs to bfloat16. That is
@@ -25,9 +25,21 @@ _before: dict[str, Any] = {}
 
 @contextmanager
 def float32_products(tf32: bool = False) -> Iterator[None]:
-    """Within, products and convolutions of float32 numbers are rounded to float32 alone, or with ``tf32`` to TF32 on
-    GPUs that have it; afterwards as before. Inside another one, and while another thread is inside, it does nothing:
-    the outermost decides. It is a decorator, too.
+    """Round products and convolutions of float32 numbers to float32, whatever torch is set to; restore that at the end.
+
+    A context manager, and a decorator. Where one is active already, in this thread or another, it changes nothing: the
+    outermost decides.
+
+    Args:
+        tf32: round to TF32 instead, on GPUs that have it.
+
+    >>> torch.set_float32_matmul_precision("medium")
+    >>> with float32_products():
+    ...     torch.get_float32_matmul_precision()
+    'highest'
+    >>> torch.get_float32_matmul_precision()
+    'medium'
+    >>> torch.set_float32_matmul_precision("highest")
     """
     global _users, _before
     with _lock:

@@ -1,5 +1,8 @@
-"""The sums of a layer whose patches are small, in float64: some images and groups at a time, so that what is unfolded
-of them stays in the processor's cache."""
+"""Sum over the patches of a layer whose patches are small, in float64.
+
+Some images and groups are unfolded at a time, so that their patches stay in the processor's cache. Shapes: B images, C
+input channels, G groups, D values of a patch, N neurons.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +17,38 @@ from torch import Tensor
 from pattern_bench.core.layers import Geometry, Scratch, patch_sum
 
 CACHE = 2**23
-"""Bytes that a CPU's cache may hold of one piece."""
+"""Bytes of one piece's temporaries on a CPU, so that they stay in its cache."""
 LONG = 1024
-"""Positions of a row that is long."""
+"""Positions of a product's rows up to which images are taken together: products of long rows are faster."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What a batch adds: Σ x (G, D), Σ g (N,), Σ x g, Σ x u g and Σ x u (1-g) (N, D), and Σ x xᵀ (G, D, D) or None."""
+    """Sums over the patches of a batch, with the gate g = 1[y > 0] and u = wᵀx; all float64.
+
+    >>> one = torch.ones(1, 1, dtype=torch.float64)
+    >>> Sums(x=one, g=one[0], xg=one, xug=one, xun=one, gram=None).g.item()
+    1.0
+    """
 
     x: Tensor
+    """Σ x, (G, D)."""
     g: Tensor
+    """Σ g, (N,)."""
     xg: Tensor
+    """Σ x g, (N, D)."""
     xug: Tensor
+    """Σ x u g, (N, D)."""
     xun: Tensor
+    """Σ x u (1-g), (N, D)."""
     gram: Tensor | None
+    """Σ x xᵀ, (G, D, D), or None."""
 
 
 def sums_of(
     x: Tensor, y: Tensor, weight: Tensor, geometry: Geometry, gram: bool, scratch: Scratch, memory: int
 ) -> Sums:
-    """Sum over all patches of a batch; the gate g is that of ``y``, and u = wᵀx is computed anew in float64.
+    """Return the sums over all patches of a batch; the gate g is that of ``y``, and u = wᵀx is computed in float64.
 
     Args:
         x: (B, C, spatial...), padded already; (B, C) for a Linear layer.
@@ -44,6 +58,14 @@ def sums_of(
         gram: whether to sum Σ x xᵀ.
         scratch: memory for temporaries.
         memory: bytes that the largest temporary may take.
+
+    >>> from torch import nn
+    >>> from pattern_bench.core.layers import geometry_of
+    >>> layer, x = nn.Conv1d(1, 1, 2), torch.tensor([[[1.0, 2.0, 4.0]]])  # patches (1, 2), (2, 4)
+    >>> weight, y = torch.tensor([[-1.0, 1.0]]).double(), torch.tensor([[[-1.0, 2.0]]])  # u = 1, 2; g = 0, 1
+    >>> sums = sums_of(x, y, weight, geometry_of(layer), True, Scratch(), 2**20)
+    >>> sums.x.tolist(), sums.g.tolist(), sums.xug.tolist(), sums.gram.tolist()
+    ([[3.0, 6.0]], [1.0], [[4.0, 8.0]], [[[5.0, 10.0], [10.0, 20.0]]])
     """
     (n, d), groups = weight.shape, geometry.groups
     per_group = n // groups
@@ -72,8 +94,8 @@ def sums_of(
 
 
 def _pieces(images: int, positions: int, groups: int, size: int, room: int) -> Iterator[tuple[slice, slice]]:
-    """Images and groups whose ``size`` bytes for each group of each image fit ``room``, at least one of one. Images of
-    few positions are taken together first: products of long rows are faster."""
+    """Yield slices of images and groups whose temporaries, ``size`` bytes for each group of each image, fit ``room``;
+    at least one group of one image. Images of few positions are taken together first."""
     at_once = max(1, room // size)
     step = min(images, max(1, at_once // groups, min(at_once, LONG // positions)))
     pieces = min(groups, -(-groups * step // at_once))
@@ -83,7 +105,7 @@ def _pieces(images: int, positions: int, groups: int, size: int, room: int) -> I
 
 
 def _unfolded(x: Tensor, groups: slice, geometry: Geometry, scratch: Scratch, like: Tensor) -> Tensor:
-    """The patches of some groups, (G', D, positions): a row for each value, so that each is copied as a whole."""
+    """Return the patches of some groups, (G', D, positions): a row for each value, so that a copy is of whole rows."""
     channels = x.shape[1] // geometry.groups
     here = groups.stop - groups.start
     x = x[:, groups.start * channels : groups.stop * channels].transpose(0, 1)

@@ -1,8 +1,8 @@
-"""Whether a network is as it was: what a copy of it, kept for later, must be compared with.
+"""Tell whether a network has changed since it was last seen, so that what was computed from it can be used again.
 
-Parameters and buffers are compared by content, modules by type and by their plain attributes, and all that code may
-read besides by what the network answers to one image, bit by bit. What may change without a trace in these, such as
-hooks and objects of the user's own, is not remembered at all.
+Parameters and buffers are compared by content, modules by their type and plain attributes, and everything else that
+code may read by the network's output for one image, bit by bit. Networks with something that may change without a trace
+in all of these, such as hooks or objects of the user's own, cannot have a snapshot.
 """
 
 from __future__ import annotations
@@ -24,100 +24,113 @@ _STATE_DICT = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_p
 """Hooks that have no part in what a network computes."""
 
 
-class _Unknown(Exception):
-    """Something that may change unnoticed."""
+class _CannotCompare(Exception):
+    """Raised for a value that may change unnoticed."""
 
 
-class Remembered:
-    """A network as it was at some time, without holding on to the network itself.
+class Snapshot:
+    """The state of a network at one time, without a reference to the network.
 
     Args:
         model: the network.
         example: (1, C, spatial...), an image that it can take.
-        kept: tensors by name that are kept in any case; those with the content of one of the network's own are not
-            copied again.
+        kept: tensors by name that somebody keeps in any case; those equal to the network's own tensor of that name are
+            shared instead of copied.
 
     Raises:
         ValueError: where the network has something that may change unnoticed.
+
+    >>> model, example = nn.Linear(2, 1), torch.ones(1, 2)
+    >>> snapshot = Snapshot(model, example, {})
+    >>> snapshot.matches(model)
+    True
+    >>> with torch.no_grad():
+    ...     _ = model.bias.add_(1)
+    >>> snapshot.matches(model)
+    False
     """
 
     def __init__(self, model: nn.Module, example: Tensor, kept: Mapping[str, Tensor]) -> None:
         try:
             self.modules = _modules(model)
-        except _Unknown as error:
+        except _CannotCompare as error:
             raise ValueError(f"module {error} may change unnoticed") from error
         self.tensors = {}
         for name, tensor in _tensors(model):
             same = kept.get(name)
             self.tensors[name] = same if same is not None and _equal(same, tensor) else tensor.detach().clone()
-        self.example, self.answer = example.clone(), _answer(model, example)
+        self.example, self.outputs = example.clone(), _outputs(model, example)
 
-    def is_still(self, model: nn.Module) -> bool:
-        """Whether ``model``, the same object, has not changed since."""
+    def matches(self, model: nn.Module) -> bool:
+        """Return whether ``model``, the same object, is unchanged."""
         try:
             if _modules(model) != self.modules:
                 return False
-        except _Unknown:
+        except _CannotCompare:
             return False
         tensors = dict(_tensors(model))
         return (
             tensors.keys() == self.tensors.keys()
             and all(_equal(tensor, tensors[name]) for name, tensor in self.tensors.items())
-            and self._answers(model)
+            and self._same_outputs(model)
         )
 
-    def _answers(self, model: nn.Module) -> bool:
-        answer = _answer(model, self.example)
-        return len(answer) == len(self.answer) and all(map(_equal, self.answer, answer))
+    def _same_outputs(self, model: nn.Module) -> bool:
+        outputs = _outputs(model, self.example)
+        return len(outputs) == len(self.outputs) and all(map(_equal, self.outputs, outputs))
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-def _answer(model: nn.Module, example: Tensor) -> list[Tensor]:
-    """The tensors that the network puts out, also in tuples and dicts."""
+def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
+    """Return the tensors that the network puts out, also in tuples and mappings."""
     with torch.no_grad():
-        waiting, found = [model(example.clone())], []
+        waiting, tensors = [model(example.clone())], []
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):
-            found.append(value.clone())
+            tensors.append(value.clone())
         elif isinstance(value, Mapping):
             waiting += value.values()
         elif isinstance(value, tuple | list):
             waiting += value
-    return found
+    return tensors
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether all is the same; NaN is not equal to NaN, so what holds one always differs."""
+    """Return whether values, type, device, shape and layout agree; a tensor with a NaN equals no other."""
     kinds = ((t.dtype, t.device, t.shape, t.layout) for t in (one, other))
     return len(set(kinds)) == 1 and torch.equal(one, other)
 
 
 def _modules(model: nn.Module) -> list[Any]:
-    """Type and attributes of each module, so that equal lists are equal settings."""
+    """Return type and attributes of each module, so that equal lists mean equal settings."""
     if any(getattr(torch_modules, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward")):
-        raise _Unknown("hooks of all modules")
-    found: list[Any] = []
+        raise _CannotCompare("hooks of all modules")
+    described: list[Any] = []
     for name, module in model.named_modules(remove_duplicate=False):
         kind = type(module)
-        found.append((name, kind, kind.__dict__.get("forward"), [*module._parameters], [*module._buffers]))
+        described.append((name, kind, kind.__dict__.get("forward"), [*module._parameters], [*module._buffers]))
         for key, value in vars(module).items():
             if key in ("_parameters", "_buffers", "_modules", *_STATE_DICT):
                 continue
             if "hooks" in key and value:
-                raise _Unknown(f"{name} has hooks, which")
+                raise _CannotCompare(f"{name} has hooks, which")
             try:
-                found.append((key, _plain(value)))
-            except _Unknown as error:
-                raise _Unknown(f"{name}: attribute {key} ({error})") from error
-    return found
+                described.append((key, _comparable(value)))
+            except _CannotCompare as error:
+                raise _CannotCompare(f"{name}: attribute {key} ({error})") from error
+    return described
 
 
-def _plain(value: Any) -> Any:
-    """A value that is equal as long as ``value`` is the same, however it is changed in place."""
+def _comparable(value: Any) -> Any:
+    """Return something that compares equal as long as ``value`` is unchanged, also where ``value`` is changed in place.
+
+    Raises:
+        _CannotCompare: where there is no such thing.
+    """
     kind = type(value)
     if isinstance(value, _PLAIN):
         return kind, repr(value) if isinstance(value, float) else value
@@ -129,11 +142,11 @@ def _plain(value: Any) -> Any:
         content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         return kind, value.dtype, value.device, tuple(value.shape), content
     if issubclass(kind, dict) and kind.__module__ in ("builtins", "collections"):
-        return kind, [(_plain(key), _plain(item)) for key, item in value.items()]
+        return kind, [(_comparable(key), _comparable(item)) for key, item in value.items()]
     if kind in (list, tuple, torch.Size):
-        return kind, [_plain(item) for item in value]
+        return kind, [_comparable(item) for item in value]
     if kind in (set, frozenset) and all(isinstance(item, _PLAIN) for item in value):
         return kind, frozenset(value)
     if kind is functools.partial:
-        return kind, _plain(value.func), _plain(value.args), _plain(value.keywords)
-    raise _Unknown(kind.__name__)
+        return kind, _comparable(value.func), _comparable(value.args), _comparable(value.keywords)
+    raise _CannotCompare(kind.__name__)

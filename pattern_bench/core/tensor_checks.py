@@ -1,4 +1,4 @@
-"""Tensors as others hand them over."""
+"""Checks of tensors that users hand over."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from torch import Tensor
 
 
 def unusable(tensor: Tensor) -> str | None:
-    """What kind of tensor this is where nothing can be computed with it, such as ``nested``; None where it is dense,
-    real and has values."""
+    """Return the word for a kind of tensor that nothing can be computed with; None where it is dense, real and has
+    values.
+
+    >>> print(unusable(torch.ones(2)), unusable(torch.ones(2, device="meta")), unusable(torch.ones(2).to_sparse()))
+    None meta torch.sparse_coo
+    """
     if tensor.is_nested:
         return "nested"
     if tensor.layout != torch.strided:
@@ -21,5 +25,9 @@ def unusable(tensor: Tensor) -> str | None:
 
 
 def whole_numbers(tensor: Tensor) -> bool:
-    """Whether it is a usable tensor of integers."""
+    """Return whether it is a usable tensor of integers; booleans are none.
+
+    >>> whole_numbers(torch.tensor([1, 2])), whole_numbers(torch.tensor([1.0])), whole_numbers(torch.tensor(True))
+    (True, False, False)
+    """
     return unusable(tensor) is None and not tensor.is_floating_point() and tensor.dtype != torch.bool

@@ -1,8 +1,8 @@
-"""Which weights moments and patterns belong to.
+"""Tell which weights moments and patterns were computed from.
 
-A layer's moments depend on everything that its input went through, so they carry a digest of every parameter and
-buffer that the network used up to the layer, by name: biases and batch norms included. A digest is of the values, so
-it is the same on every device and in every precision that holds them.
+A layer's moments depend on everything that its input went through, so they carry a digest (SHA-256) of every parameter
+and buffer that the network used up to the layer, by name: biases and batch norms included. It is taken of the values,
+so it is the same on every device and in every precision that holds them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pattern_bench.core.canonical import plain_copy
+from pattern_bench.core.copies import plain_copy
 from pattern_bench.core.half_precision import images_for, widen_
 from pattern_bench.core.layers import LAYER_TYPES
 
@@ -25,20 +25,43 @@ _COMPILED = "_orig_mod."
 
 
 def digests(model: nn.Module) -> dict[str, str]:
-    """The digest of each parameter and buffer, by name."""
+    """Return the digest of each parameter and buffer, by name.
+
+    >>> {name: len(digest) for name, digest in digests(nn.Linear(2, 1)).items()}
+    {'weight': 64, 'bias': 64}
+    """
     return {name: _digest(tensor) for name, tensor in _tensors(model)}
 
 
 def belongs_to(model: nn.Module, example: Tensor, layers: Iterable[str]) -> dict[str, str]:
-    """The digests of what the named ``layers`` depend on, as one forward pass of ``example`` (1, C, spatial...) shows,
-    and of the batch norms that follow them; ``UNUSED`` for the other tensors of the model."""
+    """Return the digests of the tensors that the named layers depend on, and of the batch norms that follow them.
+
+    Args:
+        model: any network in evaluation mode.
+        example: (1, C, spatial...); one forward pass of it shows what is used.
+        layers: names of Conv and Linear modules.
+
+    Returns:
+        A digest for each parameter and buffer of the model, by name; ``UNUSED`` for those that play no part.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval()
+    >>> belongs_to(model, torch.ones(1, 2), ["0"])["2.weight"]
+    'unused'
+    """
     used = _used(widen_(plain_copy(model)), example, set(layers))
     return {name: _digest(tensor) if name in used else UNUSED for name, tensor in _tensors(model)}
 
 
 def difference(then: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """The first layer in which a network (its :func:`digests`, ``now``) differs from the one that ``then`` (from
-    :func:`belongs_to`) was made of, in words; None where they are the same."""
+    """Return in words the first layer in which two networks differ; None where they are the same.
+
+    Args:
+        then: of the network that moments or patterns were computed from, as :func:`belongs_to` returns them.
+        now: the :func:`digests` of the network at hand.
+
+    >>> difference({"fc.weight": "a1", "fc.bias": "b1"}, {"fc.weight": "a1", "fc.bias": "b2"})
+    'layer fc has other weights (bias)'
+    """
     for name in (*now, *sorted(then.keys() - now.keys())):
         if then.get(name) not in (UNUSED, now.get(name)):
             layer, part = _layer_and_part(name)
@@ -70,7 +93,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 class _Uses(TorchFunctionMode):
-    """Notes every function's operands, by id, in the order of the calls."""
+    """Record the ids of every function's operands, in the order of the calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +114,7 @@ class _Uses(TorchFunctionMode):
 
 
 def _used(model: nn.Module, example: Tensor, layers: set[str]) -> set[str]:
-    """Names of the tensors used until the last call of one of ``layers``, and after it until the next layer."""
+    """Return the names of the tensors used up to the last call of one of ``layers``, and before the next layer."""
     neurons = {name.replace(_COMPILED, "") for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)}
     names: dict[int, list[str]] = {}
     for name, tensor in _tensors(model):
@@ -106,16 +129,24 @@ def _used(model: nn.Module, example: Tensor, layers: set[str]) -> set[str]:
     return set(order[: next(after, len(order))])
 
 
-# --- in files ---
+# --- digests in files ---
 
 _PREFIX = "network/"
 
 
 def metadata(belongs_to: Mapping[str, str]) -> dict[str, str]:
-    """``network/NAME`` for each parameter and buffer, for the metadata of a safetensors file."""
+    """Return digests as the metadata of a safetensors file, ``network/NAME`` for each parameter and buffer.
+
+    >>> metadata({"fc.bias": "b1"})
+    {'network/fc.bias': 'b1'}
+    """
     return {f"{_PREFIX}{name}": digest for name, digest in belongs_to.items()}
 
 
-def from_metadata(found: Mapping[str, str]) -> dict[str, str]:
-    """The inverse of :func:`metadata`; empty for files that do not tell."""
-    return {name.removeprefix(_PREFIX): digest for name, digest in found.items() if name.startswith(_PREFIX)}
+def from_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests in a file's metadata, the inverse of :func:`metadata`; empty where it has none.
+
+    >>> from_metadata({"network/fc.bias": "b1", "estimator": "a"})
+    {'fc.bias': 'b1'}
+    """
+    return {name.removeprefix(_PREFIX): digest for name, digest in metadata.items() if name.startswith(_PREFIX)}

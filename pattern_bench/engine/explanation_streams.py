@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pattern_bench.core.outputs import answer
+from pattern_bench.core.predictions import prediction_of
 from pattern_bench.engine.streams import Stream, answers
 from pattern_bench.errors import UserError
-from pattern_bench.metrics.degradation import degradation_curve, rank_patches, replacement
+from pattern_bench.metrics.degradation import degradation_curve, patch_order, replacement
 
 
 class AccuracyStream(Stream):
@@ -25,7 +25,7 @@ class AccuracyStream(Stream):
 
     def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
         logits = answers(self.model, images, positions)
-        first = answer(self.model, logits).label == targets
+        first = prediction_of(self.model, logits).label == targets
         if logits.shape[1] == 1:  # both of two classes are among the first five
             among = torch.ones_like(first)
         else:
@@ -87,14 +87,14 @@ class RowStream(Stream):
 
 class ExplanationStream(RowStream):
     """Explanations of the classes predicted: rows ``images``, ``targets``, ``predicted`` and ``confidence`` (as in
-    ``core.outputs.Answer``), and ``explanation/TITLE`` for each of ``methods``."""
+    ``core.predictions.Prediction``), and ``explanation/TITLE`` for each of ``methods``."""
 
     def __init__(self, model: nn.Module, images: int, methods: Mapping[str, Explains]) -> None:
         super().__init__(model, images)
         self.methods = methods
 
     def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
-        output, label, confidence = answer(self.model, answers(self.model, images, positions))
+        output, label, confidence = prediction_of(self.model, answers(self.model, images, positions))
         found = {f"explanation/{title}": m.attribute(images, output) for title, m in self.methods.items()}
         rows = {"images": images, "targets": targets, "predicted": label, "confidence": confidence}
         self.keep(positions, rows | found)
@@ -138,7 +138,7 @@ class DegradationStream(RowStream):
         predicted = answers(self.model, images, positions).argmax(1)
         ranks = {"random_order": self.random_order[positions.cpu()].to(images.device)} if self.baseline else {}
         for name, method in self.methods.items():
-            ranks[name] = rank_patches(method.attribute(images, predicted), self.patch, self.order)
+            ranks[name] = patch_order(method.attribute(images, predicted), self.patch, self.order)
         replaced_by = replacement(images, self.patch, self.how, self.value)
         curves = {
             name: degradation_curve(self.model, images, rank, predicted, self.patch, self.steps, replaced_by)

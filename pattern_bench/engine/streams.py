@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pattern_bench.core.memory import fits
 from pattern_bench.core.network import Watcher, collecting
-from pattern_bench.core.outputs import spoilt
+from pattern_bench.core.predictions import first_broken_layer
 from pattern_bench.data.splits import Batch
 from pattern_bench.engine.micro_batches import Halving
 from pattern_bench.errors import UserError
@@ -59,7 +59,7 @@ def answers(model: nn.Module, images: Tensor, positions: Tensor) -> Tensor:
         UserError: naming the first layer where something was NaN or infinite, where that shows in them.
     """
     logits: Tensor = model(images)
-    if (layer := spoilt(model, images, logits)) is not None:
+    if (layer := first_broken_layer(model, images, logits)) is not None:
         raise not_finite(layer, positions)
     return logits
 

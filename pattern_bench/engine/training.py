@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pattern_bench.core.memory import is_out_of_memory
-from pattern_bench.core.outputs import heads, independent
+from pattern_bench.core.outputs import heads
+from pattern_bench.core.predictions import has_independent_outputs
 from pattern_bench.data.splits import Batch, GlobalBatches
 from pattern_bench.engine.descent import Descending
 from pattern_bench.errors import UserError
@@ -78,7 +79,7 @@ class Learner(Descending):
         """The mean over images of one head's loss."""
         if self.regression:
             return F.mse_loss(outputs.squeeze(1), targets)
-        if not independent(self.model, outputs):
+        if not has_independent_outputs(self.model, outputs):
             return F.cross_entropy(outputs, targets)
         classes = targets[:, None] if outputs.shape[1] == 1 else F.one_hot(targets, outputs.shape[1])
         return F.binary_cross_entropy_with_logits(outputs, classes.to(outputs))

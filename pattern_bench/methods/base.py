@@ -14,7 +14,7 @@ from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.half_precision import images_for, own_precision, wide, widened
 from pattern_bench.core.memory import is_out_of_memory
 from pattern_bench.core.network import in_training
-from pattern_bench.core.outputs import asked_for, targets
+from pattern_bench.core.predictions import target_outputs, target_per_image
 from pattern_bench.core.rounding import float32_products
 from pattern_bench.core.tensor_checks import unusable
 from pattern_bench.errors import UserError, told
@@ -159,7 +159,7 @@ class Method:
 
     def _target(self, logits: Tensor, target: Tensor | None) -> Tensor:
         """The classes to explain, (B,)."""
-        return targets(target, logits, f"{self.name}: ")
+        return target_outputs(target, logits, f"{self.name}: ")
 
     def _output(self, x: Tensor, target: Tensor | None) -> Tensor:
         """The output to explain, (B,)."""
@@ -225,7 +225,7 @@ class Method:
             raise UserError(f"{self.name}: image {image} of inputs holds {what}: leave it out, or mend it")
 
     def _classes(self, inputs: Tensor, target: Any) -> Tensor | None:
-        return None if target is None else asked_for(target, len(inputs), inputs.device, f"{self.name}: ")
+        return None if target is None else target_per_image(target, len(inputs), inputs.device, f"{self.name}: ")
 
     def _check_setting(self, setting: str, value: Any, possible: bool, remedy: str) -> None:
         if not possible:

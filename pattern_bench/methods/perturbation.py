@@ -11,7 +11,7 @@ import torch
 from captum.attr import Occlusion as CaptumOcclusion
 from torch import Tensor, nn
 
-from pattern_bench.core.outputs import probabilities
+from pattern_bench.core.predictions import probabilities
 from pattern_bench.errors import UserError
 from pattern_bench.methods.base import Method
 

@@ -1,4 +1,7 @@
-"""The earth mover's distance from a heat map to where the truth lies. It needs a linear programme, and so scipy."""
+"""Measure how far a heat map lies from the pixels that hold the signal, by the earth mover's distance.
+
+The distance is a linear programme, which scipy solves. Shapes: B images, C channels, H×W pixels, D cells of a grid.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from torch.nn import functional as F
 from pattern_bench.metrics.localization import magnitude
 
 GRID = 8
-"""Larger images are summed to so many cells a side first."""
+"""Larger images are first summed to this many cells a side."""
 TOGETHER = 8
 """Images of one linear programme."""
 
 
 def closeness(heat: Tensor, truth: Tensor) -> Tensor:
-    """1 - EMD / EMD_max: how near the relevance lies to the truth mask (Clark et al. 2024, "XAI-TRIS").
+    """Return 1 - EMD / EMD_max, how near the relevance lies to the truth mask (Clark et al. 2024, "XAI-TRIS").
 
     The EMD is the least mean distance that |relevance|, which sums to 1, must be carried to lie evenly on the mask. It
     is exact, up to the solver's 1e-7, for images of up to 8×8 pixels. Those of larger images are first summed in cells
@@ -36,6 +39,11 @@ def closeness(heat: Tensor, truth: Tensor) -> Tensor:
 
     Raises:
         ValueError: where the images' shape is not possible, or a mask is empty.
+        RuntimeError: where the solver fails.
+
+    >>> truth = torch.tensor([[[True, False], [False, False]]])
+    >>> closeness(truth[:, None].float(), truth).item(), closeness(truth[:, None].flip(2, 3).float(), truth).item()
+    (1.0, 0.0)
     """
     side = heat.shape[2]
     if side != heat.shape[3] or side < 2 or (side > GRID and side % GRID):
@@ -46,17 +54,17 @@ def closeness(heat: Tensor, truth: Tensor) -> Tensor:
     mass = magnitude(heat)
     cell = max(1, side // GRID)
     given, wanted = (F.avg_pool2d(maps[:, None], cell).flatten(1).cpu() for maps in (mass, mask))
-    found = torch.full((len(heat),), torch.nan, dtype=torch.float64)
+    distance = torch.full((len(heat),), torch.nan, dtype=torch.float64)
     live = (given.sum(1) > 0).nonzero().flatten()
     given, wanted = (part / part.sum(1, keepdim=True) for part in (given, wanted))
     for part in live.split(TOGETHER):
-        found[part] = torch.from_numpy(_transport(given[part].numpy(), wanted[part].numpy()))
+        distance[part] = torch.from_numpy(_transport(given[part].numpy(), wanted[part].numpy()))
     cells = side // cell
-    return 1 - found.to(heat.device) / (math.sqrt(2) * (cells - 1))
+    return 1 - distance.to(heat.device) / (math.sqrt(2) * (cells - 1))
 
 
 def _transport(given: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The EMD of each of (b, D) pairs of distributions on a square grid, in its cells."""
+    """Return the EMD of each pair of distributions (b, D) on a square grid of D cells, in cells: (b,)."""
     cells = given.shape[1]
     side = math.isqrt(cells)
     place = np.stack(np.divmod(np.arange(cells), side), 1).astype(float)

@@ -1,8 +1,8 @@
-"""How alike two heat maps are, and how far vectors have converged: the measures of sanity checks.
+"""Measure how alike two heat maps are, and how far vectors have converged, for sanity checks.
 
 The pairs of heat maps come from cascading randomisation (Adebayo et al. 2018, "Sanity checks for saliency maps"), the
 vectors from back-propagation (Sixt et al. 2020, "When explanations lie: why many modified BP attributions fail").
-All is computed in float64, and none of it depends on a heat map's scale.
+Every measure is taken in float64, and does not depend on a heat map's scale. Shapes: B images, D values, H×W pixels.
 """
 
 from __future__ import annotations
@@ -17,32 +17,47 @@ SSIM_WINDOW = 7
 """Side of the window in pixels, that of scikit-image."""
 
 
-def ranks(values: Tensor) -> Tensor:
-    """Ranks from 1 of the last dimension (B, D), ties with the mean of their ranks, float64."""
-    found = torch.empty(values.shape, dtype=torch.float64, device=values.device)
-    for row, out in zip(values, found, strict=True):
+def rank_data(values: Tensor) -> Tensor:
+    """Return the rank of each value in its row, (B, D) to (B, D) float64: from 1, ties with the mean of their ranks.
+
+    >>> rank_data(torch.tensor([[3.0, 1.0, 3.0, 2.0]])).tolist()
+    [[3.5, 1.0, 3.5, 2.0]]
+    """
+    ranks = torch.empty(values.shape, dtype=torch.float64, device=values.device)
+    for row, out in zip(values, ranks, strict=True):
         _, inverse, counts = row.unique(return_inverse=True, return_counts=True)
         last = counts.cumsum(0).double()
         out.copy_((last - (counts.double() - 1) / 2)[inverse])
-    return found
+    return ranks
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation of each row of two (B, D) tensors, (B,) float64; NaN where a row is constant."""
-    a, b = (r - r.mean(1, keepdim=True) for r in (ranks(a), ranks(b)))
+    """Return Spearman's rank correlation of each row of two (B, D) tensors, (B,) float64; NaN where a row is constant.
+
+    >>> spearman(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[-1.0, -2.0, -3.0]])).round(decimals=6).item()
+    -1.0
+    """
+    a, b = (r - r.mean(1, keepdim=True) for r in (rank_data(a), rank_data(b)))
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of each row of two (B, D) tensors, (B,) float64; NaN where a row is zero."""
+    """Return the cosine of each row of two (B, D) tensors, (B,) float64; NaN where a row is zero.
+
+    >>> cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[-7.0, 0.0]])).item()
+    -1.0
+    """
     a, b = unit_scale(a), unit_scale(b)
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
 
 
 def unit_scale(values: Tensor) -> Tensor:
-    """Each of (B, ...) divided by its largest absolute value, float64; zero stays zero.
+    """Divide each of (B, ...) by its largest absolute value, in float64; zero stays zero.
 
     Squares of values such as 1e200, which PatternNet reaches in deep networks, would not be finite.
+
+    >>> unit_scale(torch.tensor([[1.0, -4.0], [0.0, 0.0]])).tolist()
+    [[0.25, -1.0], [0.0, 0.0]]
     """
     values = values.double()
     largest = values.flatten(1).abs().amax(1).view(-1, *[1] * (values.ndim - 1))
@@ -50,11 +65,16 @@ def unit_scale(values: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of heat maps (B, H, W) as pictures, x / (2 max|x|) + 1/2 from 0 to 1, (B,) float64.
+    """Return the structural similarity of heat maps (B, H, W) as pictures, x / (2 max|x|) + 1/2 from 0 to 1, (B,)
+    float64.
 
     The mean over windows of 7×7 pixels (smaller, odd ones in smaller images) that lie inside the image, with equal
     weights, unbiased (co)variances, K1 = 0.01 and K2 = 0.03 (Wang et al. 2004; the defaults of scikit-image). As
     pictures, because with values of both signs two wrong factors, of the means and of the covariance, make a right one.
+
+    >>> maps = torch.arange(64.0).view(1, 8, 8)
+    >>> ssim(maps, 2 * maps).item()
+    1.0
     """
     a, b = (unit_scale(maps)[:, None] / 2 + 0.5 for maps in (a, b))
     side = min(SSIM_WINDOW, *a.shape[2:])
@@ -74,24 +94,34 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def similarities(a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    """Every measure for heat maps (B, H, W), by name, (B,) float64; NaN where one of the two is zero everywhere, as
-    that of an output which a ReLU has closed: there is nothing to compare."""
+    """Return every measure of similarity of heat maps (B, H, W), by name, each (B,) float64.
+
+    NaN where one of the two maps is zero everywhere, as that of an output whose ReLU does not fire: there is nothing to
+    compare.
+
+    >>> maps = torch.tensor([[[1.0, -2.0], [3.0, 0.5]]])
+    >>> {name: round(value.item(), 6) for name, value in similarities(maps, 3 * maps).items()}
+    {'spearman_signed': 1.0, 'spearman_absolute': 1.0, 'ssim': 1.0, 'cosine': 1.0}
+    """
     flat_a, flat_b = unit_scale(a).flatten(1), unit_scale(b).flatten(1)
     empty = (flat_a == 0).all(1) | (flat_b == 0).all(1)
-    found = {
+    measures = {
         "spearman_signed": spearman(flat_a, flat_b),
         "spearman_absolute": spearman(flat_a.abs(), flat_b.abs()),
         "ssim": ssim(a, b),
         "cosine": cosine(flat_a, flat_b),
     }
-    return {name: values.masked_fill(empty, torch.nan) for name, values in found.items()}
+    return {name: values.masked_fill(empty, torch.nan) for name, values in measures.items()}
 
 
 def convergence(vectors: Tensor) -> Tensor:
-    """Mean absolute cosine over all pairs of (J, D) vectors, a float64 scalar: 1 where all lie on one line.
+    """Return the mean absolute cosine over all pairs of (J, D) vectors, a float64 scalar: 1 where all lie on one line.
 
     The sign is left out since it does not tell one line from another. Vectors that are zero (all gates closed) or not
     finite have no direction and are left out; NaN where fewer than two are left.
+
+    >>> convergence(torch.tensor([[1.0, 1.0], [-2.0, -2.0], [0.0, 0.0]])).round(decimals=6).item()
+    1.0
     """
     vectors = vectors[vectors.isfinite().all(1) & (vectors != 0).any(1)]
     if len(vectors) < 2:

@@ -17,7 +17,7 @@ from pattern_bench.core.estimators import Pattern
 from pattern_bench.engine.explanation_streams import DegradationStream
 from pattern_bench.engine.progress import Bar
 from pattern_bench.errors import UserError
-from pattern_bench.metrics.degradation import area_over_curve, grid_of, mean_interval, random_ranks
+from pattern_bench.metrics.degradation import area_over_curve, grid_of, mean_interval, random_patch_order
 from pattern_bench.pipeline.explain import depends_on, why_no_explanation
 from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.methods import build_method
@@ -109,7 +109,7 @@ def degrade(
     patch, steps = patch_and_steps(setup)
     how = setup.cfg.degradation
     split = setup.splits["validation"].first(how.images or len(setup.splits["validation"]))
-    random_order = random_ranks(
+    random_order = random_patch_order(
         len(split), grid_of(setup.sample.shape[1:], patch), torch.Generator().manual_seed(setup.cfg.seed)
     )
     replaced = {"patch": patch, "steps": steps, "replacement": how.replacement, "value": how.value}

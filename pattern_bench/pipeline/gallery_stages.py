@@ -14,7 +14,7 @@ from torchvision.models import SqueezeNet1_1_Weights
 
 from pattern_bench.configuration.build import build
 from pattern_bench.core.estimators import Estimator, Pattern
-from pattern_bench.core.outputs import answer
+from pattern_bench.core.predictions import prediction_of
 from pattern_bench.data.splits import Unreadable
 from pattern_bench.engine.progress import Bar
 from pattern_bench.errors import UserError
@@ -120,7 +120,7 @@ def read_subjects(setup: Setup, device: torch.device, positions: list[int]) -> S
     parts = images.split(setup.source.batch_size)
     with torch.no_grad():
         logits = torch.cat([setup.model(part.to(device)) for part in parts])
-    outputs, predicted, confidence = answer(setup.model, logits)
+    outputs, predicted, confidence = prediction_of(setup.model, logits)
     names = class_names(setup)
     comparable = why_no_accuracy(setup) is None
     about = []

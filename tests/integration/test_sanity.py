@@ -17,7 +17,7 @@ from pattern_bench.errors import UserError
 from pattern_bench.methods.base import Method
 from pattern_bench.methods.gradients import Gradient, IntegratedGradients
 from pattern_bench.methods.patterns import DtdW2, LrpZ
-from pattern_bench.metrics.similarity import convergence, cosine, ranks, similarities, spearman, ssim
+from pattern_bench.metrics.similarity import convergence, cosine, rank_data, similarities, spearman, ssim
 from pattern_bench.pipeline.convergence import back_propagated, start_vectors
 from pattern_bench.pipeline.randomisation import randomise
 from pattern_bench.pipeline.sanity import run
@@ -36,7 +36,7 @@ def test_spearman_is_scipys_also_with_ties():
     b[2] = a[2].exp()
     for i, value in enumerate(spearman(a, b)):
         assert float(value) == pytest.approx(spearmanr(a[i].numpy(), b[i].numpy()).statistic, abs=1e-12)
-    assert ranks(torch.tensor([[3.0, 1.0, 3.0, 2.0]])).tolist() == [[3.5, 1.0, 3.5, 2.0]]
+    assert rank_data(torch.tensor([[3.0, 1.0, 3.0, 2.0]])).tolist() == [[3.5, 1.0, 3.5, 2.0]]
     assert spearman(torch.ones(1, 5), torch.randn(1, 5)).isnan().all()
 
 

@@ -151,7 +151,7 @@ def test_moments(geometry, positions, offset, after, monkeypatch):
             # As a run that was interrupted: the state comes from a file, which is on the host.
             second.restore({name: tensor.cpu() for name, tensor in first.state().items()})
             second.add(x.flip(0), layer(x.flip(0)))
-            assert second.finite.device == second.x.device == device
+            assert second.finite.device == second.sums.x.device == device
             if after == "back on the host":
                 layer.cpu()
             moments = second.moments()

@@ -172,11 +172,11 @@ def test_sampled_positions_are_those_of_a_pass_with_memory_enough(net, images, m
 
 
 PLACES = [
-    "pattern_bench.core.collector.cross_sum",
-    "pattern_bench.core.collector.patch_sum",
-    "pattern_bench.core.collector.patches",
-    "pattern_bench.core.collector.patches_at",
-    "pattern_bench.core.collector.pad",
+    "pattern_bench.core.layer_sums.cross_sum",
+    "pattern_bench.core.layer_sums.patch_sum",
+    "pattern_bench.core.layer_sums.patches",
+    "pattern_bench.core.layer_sums.patches_at",
+    "pattern_bench.core.layer_sums.pad",
     "pattern_bench.core.gram.cross_sum",
     "pattern_bench.core.layers.Scratch.like",
     "torch.matmul",

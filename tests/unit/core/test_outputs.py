@@ -12,7 +12,8 @@ from torch.nn.utils import prune
 import pattern_bench as pb
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.network import layers_in_order
-from pattern_bench.core.outputs import answer, as_logits, heads, probabilities
+from pattern_bench.core.outputs import as_logits, heads
+from pattern_bench.core.predictions import prediction_of, probabilities
 from pattern_bench.engine.training import AUXILIARY, Learner
 from pattern_bench.errors import UserError
 
@@ -114,7 +115,7 @@ def test_one_logit_is_the_evidence_for_class_1(end):
     torch.testing.assert_close(curve[:, 0], z[:, 0].sigmoid())
     assert curve.unique().numel() > 6
     both = torch.tensor([[1.5], [-1.5], [0.5]])
-    found = answer(network, both)
+    found = prediction_of(network, both)
     assert found.output.tolist() == [0, 0, 0]
     assert found.label.tolist() == [1, 0, 1]
     torch.testing.assert_close(found.confidence, both.abs()[:, 0].sigmoid())

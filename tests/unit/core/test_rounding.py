@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pattern_bench as pb
 from pattern_bench.core import canonical as module
 from pattern_bench.core.canonical import canonical
-from pattern_bench.core.memory import SpentError, fits, is_out_of_memory
+from pattern_bench.core.memory import HalfDoneError, fits, is_out_of_memory
 from pattern_bench.core.rounding import float32_products
 from pattern_bench.errors import UserError
 from pattern_bench.methods.gradients import Gradient
@@ -273,7 +273,7 @@ def test_other_failures_are_no_lack_of_memory(message):
 
 def test_what_was_half_done_is_not_tried_again():
     def half_done():
-        raise SpentError("half of the sums")
+        raise HalfDoneError("half of the sums")
 
     with pytest.raises(MemoryError):
         fits(half_done)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import pattern_bench as pb
 from pattern_bench import api
-from pattern_bench.core.snapshot import Remembered
+from pattern_bench.core.snapshot import Snapshot
 
 X = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SLOPE = 0.0
@@ -266,9 +266,9 @@ def test_what_is_remembered_costs_no_second_copy_and_keeps_no_network_alive(patt
 @pytest.mark.parametrize("value", [object(), Options(), [Options()], (lambda c: lambda x: x * c)(1), nn.ReLU().forward])
 def test_what_may_change_without_a_trace_is_not_remembered(value):
     with pytest.raises(ValueError, match="may change unnoticed"):
-        Remembered(Net(options=value), X[:1], {})
-    assert Remembered(Net(options=[1, {"a": (2.0, None)}, torch.float32, torch.ones(2)]), X[:1], {}).is_still(
+        Snapshot(Net(options=value), X[:1], {})
+    assert Snapshot(Net(options=[1, {"a": (2.0, None)}, torch.float32, torch.ones(2)]), X[:1], {}).matches(
         Net(options=[1, {"a": (2.0, None)}, torch.float32, torch.ones(2)])
     )
-    assert not Remembered(Net(options=[-0.0, True]), X[:1], {}).is_still(Net(options=[0.0, True]))
-    assert not Remembered(Net(options=[1]), X[:1], {}).is_still(Net(options=[True]))
+    assert not Snapshot(Net(options=[-0.0, True]), X[:1], {}).matches(Net(options=[0.0, True]))
+    assert not Snapshot(Net(options=[1]), X[:1], {}).matches(Net(options=[True]))

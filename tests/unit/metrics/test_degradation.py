@@ -13,8 +13,8 @@ from pattern_bench.metrics.degradation import (
     degradation_curve,
     degraded,
     mean_interval,
-    random_ranks,
-    rank_patches,
+    patch_order,
+    random_patch_order,
     replacement,
 )
 
@@ -27,7 +27,7 @@ def test_a_case_computed_by_hand():
     heat[0, 0, 0, 0], heat[0, 0, 1, 1] = 5.0, -4.0  # upper left next: 5 - 4 = 1
     heat[0, 0, 0, 2] = -1.0  # upper right last
     heat[0, 0, 4, :] = 100.0  # outside every patch
-    ranks = rank_patches(heat, 2)
+    ranks = patch_order(heat, 2)
     assert ranks.tolist() == [[[1, 3], [2, 0]]]
     images = [step.clone()[0, 0] for step in degraded(image, ranks, 2, 2)]
     assert torch.equal(images[0], image[0, 0])
@@ -51,7 +51,7 @@ def test_patches_are_replaced_by_their_mean_per_channel_and_the_input_is_kept():
     torch.manual_seed(0)
     images = torch.randn(2, 3, 6, 6)
     before = images.clone()
-    ranks = rank_patches(torch.randn(2, 3, 6, 6), 3)
+    ranks = patch_order(torch.randn(2, 3, 6, 6), 3)
     *_, last = degraded(images, ranks, 3, 4)
     for row, column in ((0, 0), (0, 3), (3, 0), (3, 3)):
         mean = images[:, :, row : row + 3, column : column + 3].mean((2, 3), keepdim=True)
@@ -59,8 +59,8 @@ def test_patches_are_replaced_by_their_mean_per_channel_and_the_input_is_kept():
     assert torch.equal(images, before)
 
 
-def test_random_ranks_are_permutations_that_follow_the_seed():
-    first, again, other = (random_ranks(3, (4, 5), torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+def test_random_orders_are_permutations_that_follow_the_seed():
+    first, again, other = (random_patch_order(3, (4, 5), torch.Generator().manual_seed(s)) for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(first.flatten(1).sort(1).values, torch.arange(20).expand(3, 20))
@@ -94,7 +94,7 @@ def test_curves_equal_an_independent_region_perturbation(order, how):
         torch.nn.Linear(32, 5),
     ).eval().requires_grad_(False)  # fmt: skip
     images, heat, target = torch.randn(4, 3, 23, 17), torch.randn(4, 3, 23, 17), torch.tensor([0, 1, 4, 2])
-    ranks = rank_patches(heat, 4, order)
+    ranks = patch_order(heat, 4, order)
     curves = degradation_curve(network, images, ranks, target, 4, 15, replacement(images, 4, how, 0.7))
     for i in range(4):
         expected = perturbed_regions(network, images[i], heat[i], int(target[i]), 4, 15, order, how)
