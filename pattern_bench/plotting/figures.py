@@ -22,9 +22,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from pattern_bench.plotting.styles import curve_label, curve_styles, estimator_colours, legible, method_place
-from pattern_bench.results.labels import plain
-from pattern_bench.results.schema import of_same_neurons, ordered, standard_errors
+from pattern_bench.plotting.styles import curve_label, curve_styles, estimator_colours, legible
+from pattern_bench.results import declared
+from pattern_bench.results.labels import formula, method_place, ordered, plain
+from pattern_bench.results.schema import of_same_neurons, standard_errors
 from pattern_bench.storage.atomic import write_file
 
 if TYPE_CHECKING:  # the report draws none
@@ -38,9 +39,8 @@ MOST_WIDTH = 21
 MOST_BANDS = 8
 """More bands than these hide the curves."""
 HEAT = "seismic"
-LABELS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
-
-
+LABELS = {name: facts.math_label for name, facts in declared.estimators().items()}
+"""Of the suite's estimators; :func:`pattern_bench.results.labels.formula` serves others too."""
 RHO = r"$\rho(S)$"
 _FORMULAS = re.compile("(" + "|".join(re.escape(text) for text in [*LABELS.values(), RHO] if "$" in text) + ")")
 MOST_LETTERS = 160
@@ -130,7 +130,7 @@ def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Se
             places = [order.index(layer) + shift for layer in own.layer]
             axis.errorbar(
                 places, own[0.5], yerr=[own[0.5] - own[0.25], own[0.75] - own[0.5]], color=colours[name], fmt="o",
-                markersize=5, elinewidth=1.6, label=_legend(LABELS.get(name, name)),
+                markersize=5, elinewidth=1.6, label=_legend(formula(name)),
             )  # fmt: skip
             caps = [float(errors.get((layer, name), np.nan)) for layer in own.layer]
             if np.isfinite(caps).any():
@@ -171,7 +171,7 @@ def draw_degradation(degradation: pd.DataFrame, path: Path, missing: Sequence[tu
         curves = {(str(name), str(method)): curve for (name, method), curve in table.groupby(["estimator", "method"])}
         lacking = [(name, method) for *panel, name, method in missing if panel == [model, data]]
         for (name, method), style in (styles := curve_styles([*curves, *lacking])).items():
-            label = _legend(curve_label(name, method, styles, LABELS.get(name, name)))
+            label = _legend(curve_label(name, method, styles, formula(name)))
             colour = legible(style.colour)
             dashes = (0, style.dashes) if style.dashes else "-"
             if (name, method) not in curves:

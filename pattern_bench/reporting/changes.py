@@ -15,7 +15,8 @@ from scipy.stats import t as student
 from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, ROUNDING, Cell, Gathered
 from pattern_bench.reporting.runs import Run
 from pattern_bench.reporting.tables import area_intervals, areas
-from pattern_bench.results.schema import LAYER, of_same_neurons, ordered
+from pattern_bench.results.labels import ordered
+from pattern_bench.results.schema import LAYER, of_same_neurons
 
 RESAMPLES = 2000
 NAMES = [*CELL, "method"]

@@ -23,8 +23,8 @@ from pattern_bench.reporting.gathering import Gathered
 from pattern_bench.reporting.plots import Value, dots
 from pattern_bench.reporting.sections import missing_tables
 from pattern_bench.reporting.tables import in_markdown
-from pattern_bench.results.labels import plain
-from pattern_bench.results.schema import in_cells, ordered, write_csv
+from pattern_bench.results.labels import ordered, plain
+from pattern_bench.results.schema import in_cells, write_csv
 from pattern_bench.storage.atomic import write_file
 
 COLUMNS = ["quantity", "of", "A", "B", "B − A", "95 % interval", "verdict", "left out"]

@@ -11,8 +11,7 @@ from rich.table import Table
 
 from pattern_bench.reporting.gathering import CURVE, PANEL, Cell
 from pattern_bench.reporting.tables import COMPLETE, MISSING
-from pattern_bench.results.labels import plain
-from pattern_bench.results.schema import ordered
+from pattern_bench.results.labels import ordered, plain
 
 
 def show(rho: pd.DataFrame, areas: pd.Series, missing: Sequence[Cell], console: Console) -> None:

@@ -26,8 +26,7 @@ from pattern_bench.plotting.styles import estimator_colours
 from pattern_bench.reporting.gathering import CELL, latest
 from pattern_bench.reporting.runs import Found, Run, read_runs
 from pattern_bench.reporting.tables import COMPLETE, rho_table
-from pattern_bench.results.labels import plain
-from pattern_bench.results.schema import ordered
+from pattern_bench.results.labels import ordered, plain
 
 RANDOM = "random_order"
 PICTURES = ("explanations", "fig1", "fig4b", "fig5", "randomisation", "convergence")

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from pattern_bench.plotting.styles import GREY, PALETTE, legible
 from pattern_bench.reporting.plots import Plot
-from pattern_bench.results.labels import ESTIMATORS
+from pattern_bench.results import declared
 from pattern_bench.storage.atomic import write_file
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -73,8 +73,9 @@ def _colour(colour: str) -> str:
 def _estimator(name: str) -> str:
     """A name that begins with an estimator's, as the paper writes it."""
     first, comma, rest = name.partition(", ")
-    short = ESTIMATORS.get(first, first)
-    if short not in ESTIMATORS.values():
+    labels = {known: facts.label for known, facts in declared.estimators().items()}
+    short = labels.get(first, first)
+    if short not in labels.values():
         return name
     letter, _, index = short.partition("_")
     return Markup("{}<sub>{}</sub>{}").format(letter, index.replace("-", "−"), comma + rest)

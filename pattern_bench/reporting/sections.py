@@ -28,8 +28,8 @@ from pattern_bench.reporting.plots import Histogram, Value, curves, dots, histog
 from pattern_bench.reporting.runs import JOB, Pictures, Run, differing
 from pattern_bench.reporting.sweeps import command_of
 from pattern_bench.reporting.tables import MISSING, UNDEFINED, conflict_table, missing_table, overview
-from pattern_bench.results.labels import plain
-from pattern_bench.results.schema import of_same_neurons, ordered
+from pattern_bench.results.labels import ordered, plain
+from pattern_bench.results.schema import of_same_neurons
 
 NO_RHO = "no value: without a residual (S_x), or without a neuron that is live under all estimators, ρ is not defined"
 

@@ -21,10 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pattern_bench.configuration.location import CONF
 from pattern_bench.configuration.resumed_overrides import is_override, may_be_taken, quoted, shell_command
 from pattern_bench.errors import UserError
+from pattern_bench.results import declared
 from pattern_bench.results.complete_run import COMMANDS
 from pattern_bench.storage.untrusted import UNREADABLE, read_yaml
 
-WITH_PATTERNS = ("pattern_net", "pattern_attribution")
 MOST_JOBS = 100_000
 """Of a sweep: a range in somebody's folder can be as long as it likes."""
 # One of our own files, which says where a sweep's jobs run.
@@ -174,10 +174,13 @@ def expected_names(overrides: Sequence[str]) -> Names | None:
 
 
 def _curve(cfg: Any, estimator: str, method: str, layers: list[str]) -> tuple[str, str] | None:
-    if method in WITH_PATTERNS and layers != ["all"]:
+    with_patterns = method in (methods := declared.methods()) and methods[method].needs_patterns
+    if with_patterns and layers != ["all"]:
         return None
-    who = estimator if method in WITH_PATTERNS else "none"
-    if estimator == "x" and method == "pattern_attribution":
+    who = estimator if with_patterns else "none"
+    estimators = declared.estimators()
+    has_pattern = estimator not in estimators or estimators[estimator].has_pattern
+    if method == "pattern_attribution" and not has_pattern:
         method = "lrp_z"
     how: Mapping[str, Any] = cfg.degradation
     differs = ["least relevant first"] if how["order"] == "least" else []

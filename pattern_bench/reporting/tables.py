@@ -15,7 +15,8 @@ import pandas as pd
 
 from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, Cell, Conflict, Gathered
 from pattern_bench.reporting.runs import Run
-from pattern_bench.results.schema import as_cell, in_cells, of_same_neurons, ordered, standard_errors, write_csv
+from pattern_bench.results.labels import ordered
+from pattern_bench.results.schema import as_cell, in_cells, of_same_neurons, standard_errors, write_csv
 from pattern_bench.storage.atomic import write_file
 
 AREA = "area over the curve"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,15 +32,9 @@ BOOTSTRAP_COLUMNS = (
     "model", "data", "layer", "layer_index", "estimator", "criterion", "probe", "resample", "mean", "median",
 )  # fmt: skip
 SPLIT_COLUMNS = ("split", "index", "name", "label", "used")
-ESTIMATORS = ("random", "x", "w", "a", "a_plus_minus")
 PACKAGES = (
     "pattern_bench", "torch", "torchvision", "pytorch-lightning", "hydra-core", "wandb", "numpy", "pandas",
 )  # fmt: skip
-
-
-def ordered(names: Iterable[str]) -> list[str]:
-    """The paper's estimators in the paper's order, then others by name."""
-    return sorted(set(names), key=lambda name: (ESTIMATORS.index(name) if name in ESTIMATORS else 99, name))
 
 
 # What a spreadsheet takes for a formula, at the start of a cell; after any apostrophes, so that they can be taken off.
