@@ -1,17 +1,13 @@
 """The lists that settings files hold are those of the classes, which Hydra cannot compose them from."""
 
-from dataclasses import fields
-from pathlib import Path
-
 import pytest
 import yaml
+from helpers.paths import ROOT
 
 from pattern_bench import methods
 from pattern_bench.core import estimators
 from pattern_bench.plotting.styles import COLOURS
-from pattern_bench.results import declared
 
-ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
 ESTIMATORS, METHODS = estimators.by_name(), methods.by_name()
 WITH_PATTERN = [name for name, kind in ESTIMATORS.items() if kind.has_pattern]
@@ -82,15 +78,6 @@ def test_the_sweep_of_sanity_checks_shows_the_methods_with_patterns():
     show = f"[{','.join(name for name, kind in METHODS.items() if kind.needs_patterns)}]"
     assert read(CONF / "sweep" / "sanity.yaml")["hydra"]["sweeper"]["params"]["show"] == show
     assert f"show={show}" in read(ROOT / "sweeps" / "sanity.yaml")["command"]
-
-
-@pytest.mark.parametrize(("found", "kinds"), [(declared.estimators(), ESTIMATORS), (declared.methods(), METHODS)])
-def test_what_the_report_reads_of_classes_is_what_they_say(found, kinds):
-    assert list(found) == list(kinds)
-    for name, facts in found.items():
-        for field in fields(facts):
-            if hasattr(kinds[name], field.name):
-                assert getattr(facts, field.name) == getattr(kinds[name], field.name)
 
 
 def test_labels_are_not_inherited_and_are_the_name_unless_said():
