@@ -140,7 +140,7 @@ class _PatternMethod(_Layerwise):
 
     @staticmethod
     def backward_weight(weight: Tensor, pattern: Tensor) -> Tensor:
-        """What stands in the place of ``weight``; all three have its shape."""
+        """Return what is propagated in the place of ``weight``; all three have its shape."""
         raise NotImplementedError
 
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:

@@ -24,27 +24,35 @@ SOLID, DASHED, DOTTED, DASH_DOTTED = (), (5.0, 2.0), (1.0, 1.5), (6.0, 2.0, 1.0,
 
 @dataclass(frozen=True)
 class Style:
-    """Of a curve: its colour, and dashes and gaps in multiples of its width (none: solid)."""
+    """How a curve is drawn: its colour, and dashes and gaps in multiples of its width (none: solid)."""
 
     colour: str
     dashes: tuple[float, ...] = SOLID
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of ``#rrggbb``, as WCAG defines it: 0 is black, 1 white."""
+    """Return the relative luminance of ``#rrggbb``, as WCAG defines it: 0 is black, 1 white.
+
+    >>> luminance("#ffffff")
+    1.0
+    """
     channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG's contrast of two colours, from 1 to 21; marks need 3."""
+    """Return WCAG's contrast of two colours, from 1 to 21; marks need 3.
+
+    >>> contrast("#000000", "#ffffff")
+    21.0
+    """
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
 
 def legible(colour: str, background: str = "#ffffff", least: float = 3.0) -> str:
-    """``colour``, made darker or lighter until it has a contrast of ``least`` to the background."""
+    """Return ``colour``, made darker or lighter until it has a contrast of ``least`` to the background."""
     end = 0 if luminance(background) > 0.18 else 255
     channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     for step in range(101):
@@ -55,7 +63,7 @@ def legible(colour: str, background: str = "#ffffff", least: float = 3.0) -> str
 
 
 def estimator_colours(names: Iterable[str]) -> dict[str, str]:
-    """Colours by name: those of the suite's estimators as they say, then of ``names``, others by name.
+    """Return colours by name: those of the suite's estimators as they say, then of ``names``, others by name.
 
     Colour-blind safe. The suite's have the same colour in every figure, others wherever the same stand beside them.
 
@@ -69,8 +77,8 @@ def estimator_colours(names: Iterable[str]) -> dict[str, str]:
 
 
 def curve_styles(curves: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Style]:
-    """By estimator and method, in the order of the legend: estimators have their colours, dash-dotted under
-    PatternNet; methods without patterns the other colours, dashed; the random order is grey and dotted."""
+    """Return styles by estimator and method, in the order of the legend: estimators have their colours, dash-dotted
+    under PatternNet; methods without patterns the other colours, dashed; the random order is grey and dotted."""
     every = list(dict.fromkeys(curves))
     colours = estimator_colours(name for name, _ in every)
     places = {name: place for place, name in enumerate(ordered({name for name, _ in every} - {"none"}))}
@@ -90,7 +98,13 @@ def curve_styles(curves: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Sty
 
 
 def curve_label(estimator: str, method: str, curves: Iterable[tuple[str, str]], label: str) -> str:
-    """What a curve is called among ``curves``: by its estimator's ``label``, its method, or both."""
+    """Return what the legend calls a curve among ``curves``: its estimator's ``label``, its method's, or both.
+
+    >>> curve_label("a", "pattern_net", [("a", "pattern_net"), ("w", "pattern_net")], "S_a")
+    'S_a'
+    >>> curve_label("a", "pattern_net", [("a", "pattern_net"), ("a", "pattern_attribution")], "S_a")
+    'S_a, PatternNet'
+    """
     every = set(curves)
     if estimator == "none":
         return plain(method)

@@ -1,7 +1,7 @@
-"""What the suite's estimators and methods say of themselves, read from their source without importing it.
+"""Labels, colours and places of the suite's estimators and methods, read from the source of their classes.
 
-Their modules import torch, which takes longer than most reports take to write. So the report reads the attributes that
-are written as plain values in the bodies of the classes; whoever has imported torch asks the classes themselves.
+To import the classes is to import torch, which takes longer than most reports take to write. So the report reads the
+attributes that are plain values in their bodies; code that has imported torch asks the classes themselves.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Facts:
 
 @functools.cache
 def estimators() -> Mapping[str, Facts]:
-    """Facts of each estimator of the suite by its name, in the order of tables and legends.
+    """Return the facts of each estimator of the suite by its name, in the order of tables and legends.
 
     >>> estimators()["a_plus_minus"].label
     'S_a+-'
@@ -41,7 +41,7 @@ def estimators() -> Mapping[str, Facts]:
 
 @functools.cache
 def methods() -> Mapping[str, Facts]:
-    """Facts of each explanation method of the suite by its name, in the order of tables and legends.
+    """Return the facts of each explanation method of the suite by its name, in the order of tables and legends.
 
     >>> methods()["pattern_net"].needs_patterns
     True

@@ -11,7 +11,7 @@ RANDOM_ORDER = "random_order"
 
 
 def plain(name: str) -> str:
-    """An estimator's or a method's label in plain text; what comes after a comma stays, and so does an unknown name.
+    """Return an estimator's or a method's label in plain text; text after a comma stays, and so does an unknown name.
 
     >>> plain("a_plus_minus"), plain("lrp_z, constant 0"), plain("mine")
     ('S_a+-', 'LRP z-rule, constant 0', 'mine')
@@ -23,7 +23,7 @@ def plain(name: str) -> str:
 
 
 def formula(estimator: str) -> str:
-    """An estimator's label in figures, a formula between ``$`` where it has one.
+    """Return an estimator's label in figures, a formula between ``$`` where it has one.
 
     >>> formula("a_plus_minus"), formula("random"), formula("mine")
     ('$S_{a+-}$', 'random', 'mine')
@@ -33,7 +33,7 @@ def formula(estimator: str) -> str:
 
 
 def ordered(estimators: Iterable[str]) -> list[str]:
-    """Each once: the suite's in the paper's order, then others by name.
+    """Return each name once: the suite's in the order of their ``place``, then others by name.
 
     >>> ordered(["mine", "a", "x", "a"])
     ['x', 'a', 'mine']
@@ -43,7 +43,7 @@ def ordered(estimators: Iterable[str]) -> list[str]:
 
 
 def method_place(method: str) -> tuple[int, str]:
-    """What methods are sorted by: the suite's in its order, then the random order, then others by name.
+    """Return a key to sort methods by: the suite's in its order, then the random order, then others by name.
 
     >>> sorted(["mine", "random_order", "gradient", "pattern_net"], key=method_place)
     ['pattern_net', 'gradient', 'random_order', 'mine']
