@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from experiments.ground_truth.networks import MODELS
 from experiments.ground_truth.scoring import BASELINES, ESTIMATORS
 from experiments.ground_truth.tables import NAMES, label
-from pattern_bench.plotting.figures import LABELS
 from pattern_bench.plotting.styles import GREY, curve_styles, estimator_colours, legible
+from pattern_bench.results.labels import formula
 
 DPI = 120
 MARKERS = dict(zip(MODELS, "sD^", strict=True))
@@ -65,7 +65,7 @@ def draw_predicts(table: pd.DataFrame, correlations: pd.DataFrame, path: Path) -
             if scenario == scenarios[-1]:
                 axis.set_xlabel(xlabel)
         line[0].set_ylabel(f"{scenario}\nprecision")
-    handles = [_mark(LABELS[name], color=colours[name]) for name in ESTIMATORS] + [_mark("no patterns", color=GREY)]
+    handles = [_mark(formula(name), color=colours[name]) for name in ESTIMATORS] + [_mark("no patterns", color=GREY)]
     handles += [_mark("PatternNet", color="black", markerfacecolor="none"), _mark("all others", color="black")]
     handles += [_mark(NAMES[model], color="black", marker=MARKERS[model]) for model in MODELS]
     axes[0][-1].legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -11,7 +11,8 @@ from scipy import stats
 from experiments.ground_truth.networks import MODELS
 from experiments.ground_truth.scoring import BASELINES, ESTIMATORS, SCORES
 from experiments.pages import markdown, with_error
-from pattern_bench.results.labels import METHODS, plain
+from pattern_bench.methods import by_name
+from pattern_bench.results.labels import plain
 
 KEYS = ["scenario", "side", "signal", "suppressor", "model"]
 WHO = ["estimator", "method"]
@@ -99,7 +100,7 @@ def label(estimator: str, method: str) -> str:
 
 def in_order(table: pd.DataFrame) -> list[tuple[str, str]]:
     """Estimators and methods as tables list them: patterns, the other methods, baselines."""
-    methods, estimators = [*METHODS, *BASELINES], [*ESTIMATORS, "none"]
+    methods, estimators = [*by_name(), *BASELINES], [*ESTIMATORS, "none"]
     every = table[WHO].drop_duplicates().itertuples(index=False, name=None)
     return sorted(every, key=lambda who: (methods.index(who[1]), estimators.index(who[0])))
 

@@ -2,6 +2,9 @@
 
 Every estimator is a class with a ``name`` and ``fit``. With ``u = wᵀx`` and the gate ``g``, the signal that it
 finds in a patch is ``S(x) = (a₊ g + a₋ (1-g)) u`` (Kindermans et al. 2018, Eq. 3 and 4).
+
+The examples below are the paper's own (section 2): a neuron with the filter (1, -1) answers y, and cancels the
+distractor e of x = (y + e, e). The signal lies along (1, 0).
 """
 
 from __future__ import annotations
@@ -21,15 +24,24 @@ VANISHING = 1e-10
 
 @dataclass(frozen=True)
 class Pattern:
-    """Patterns of one layer's neurons: ``positive`` a₊ and ``negative`` a₋ in the weight's shape, float64, zero
-    where undefined; ``dead`` (N,) tells which neurons lack one of the two."""
+    """Patterns of one layer's neurons.
+
+    Args:
+        positive: a₊, the pattern where a neuron fires, in the weight's shape or (N, D); float64, zero where undefined.
+        negative: a₋, likewise where it does not fire.
+        dead: (N,), bool, the neurons that lack one of the two.
+
+    >>> Pattern(torch.ones(1, 4), torch.ones(1, 4), torch.tensor([False])).shaped_like(torch.ones(1, 1, 2, 2)).positive
+    tensor([[[[1., 1.],
+              [1., 1.]]]])
+    """
 
     positive: Tensor
     negative: Tensor
     dead: Tensor
 
     def shaped_like(self, weight: Tensor) -> Pattern:
-        """The same in the weight's shape and precision."""
+        """Return the same in the weight's shape and precision."""
         positive, negative = (part.reshape(weight.shape).to(weight.dtype) for part in (self.positive, self.negative))
         return Pattern(positive, negative, self.dead)
 
@@ -37,8 +49,22 @@ class Pattern:
 class Estimator:
     """Base of the signal estimators.
 
-    ``has_pattern`` is False for the identity S_x, whose signal is not a multiple of u; such an estimator says in
-    ``no_pattern_reason`` why it has no rho.
+    To add one, write a class here or in a new module of ``pattern_bench/core``, with the attributes below and ``fit``,
+    and a file ``conf/estimator/NAME.yaml`` that names it. Tables, figures and the Python interface find it by itself.
+    The attributes are plain values, one a line, since the report reads them without importing torch.
+    ``tests/unit/test_lists.py`` fails until the settings files that list estimators have it too, and says which.
+
+    >>> class Ones(Estimator):
+    ...     name = "ones"
+    ...     label = "S_1"
+    ...     place = 5
+    ...     colour = "orange"
+    ...
+    ...     def fit(self, weight, moments, generator):
+    ...         a = torch.ones_like(weight) / weight.sum(1, keepdim=True)
+    ...         return Pattern(a, a, torch.zeros(len(a), dtype=torch.bool))
+    >>> Ones().fit(torch.tensor([[1.0, 3.0]]), None, None).positive
+    tensor([[0.2500, 0.2500]])
     """
 
     name: ClassVar[str]
@@ -54,7 +80,9 @@ class Estimator:
     from_data: ClassVar[bool] = False
     """Whether the pattern depends on the data, and not on the weights alone."""
     has_pattern: bool = True
+    """False where the signal is no multiple of u, as for S_x."""
     no_pattern_reason: str = ""
+    """Why an estimator without a pattern has no ρ."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         # Labels are not inherited: a class that extends another one is not that one.
@@ -64,21 +92,27 @@ class Estimator:
                 setattr(cls, own, getattr(cls, instead))
 
     def fit(self, weight: Tensor, moments: Moments, generator: torch.Generator) -> Pattern:
-        """Patterns of a layer.
+        """Return the patterns of a layer's neurons.
 
         Args:
-            weight: (N, D), float64.
+            weight: (N, D), float64: a row per neuron.
             moments: the layer's sums over the fit split.
             generator: for estimators that draw; seeded by the job's seed and the layer's name, on the CPU.
 
         Returns:
-            Patterns of shape (N, D).
+            Patterns of shape (N, D), float64, with wᵀa = 1 for each neuron that is not dead.
         """
         raise NotImplementedError
 
 
 class Random(Estimator):
-    """A Gaussian direction v, a = v / wᵀv: the baseline of Fig. 3."""
+    """A Gaussian direction v, a = v / wᵀv: the baseline of Fig. 3.
+
+    >>> w = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    >>> a = Random().fit(w, None, torch.Generator().manual_seed(0)).positive
+    >>> round(float((w * a).sum()), 9)
+    1.0
+    """
 
     name = "random"
     place = 0
@@ -90,7 +124,11 @@ class Random(Estimator):
 
 
 class Identity(Estimator):
-    """S_x: the signal is the input itself. In a whole network: input times gradient (LRP's z-rule)."""
+    """S_x: the signal is the input itself. In a whole network: input times gradient (LRP's z-rule).
+
+    >>> Identity.has_pattern
+    False
+    """
 
     name = "x"
     label = "S_x"
@@ -102,7 +140,11 @@ class Identity(Estimator):
 
 
 class Filter(Estimator):
-    """S_w: a = w / wᵀw. In a whole network: the w²-rule."""
+    """S_w: a = w / wᵀw. In a whole network: the w²-rule.
+
+    >>> Filter().fit(torch.tensor([[1.0, -1.0]]), None, None).positive
+    tensor([[ 0.5000, -0.5000]])
+    """
 
     name = "w"
     label = "S_w"
@@ -115,7 +157,15 @@ class Filter(Estimator):
 
 
 class Linear(Estimator):
-    """S_a: a = cov[x, u] / var[u] (Eq. 3)."""
+    """S_a: a = cov[x, u] / var[u] (Eq. 3).
+
+    >>> import pattern_bench as pb
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False)).eval()
+    >>> w = model[0].weight.data.copy_(torch.tensor([[1.0, -1.0]])).double()
+    >>> images = torch.tensor([[2.0, 1.0], [0.0, -1.0], [0.0, 1.0], [-2.0, -1.0]])
+    >>> Linear().fit(w, pb.collect_moments(model, [images])["0"], None).positive
+    tensor([[1., 0.]], dtype=torch.float64)
+    """
 
     name = "a"
     label = "S_a"
@@ -129,7 +179,18 @@ class Linear(Estimator):
 
 
 class TwoRegimes(Estimator):
-    """S_a+- (Eq. 4): a₊ = (E₊[x u] - E₊[x] E[u]) / (wᵀ of the numerator), a₋ likewise (Eq. 7). The bias cancels."""
+    """S_a+- (Eq. 4): a₊ = (E₊[x u] - E₊[x] E[u]) / (wᵀ of the numerator), a₋ likewise (Eq. 7). The bias cancels.
+
+    Where the neuron below does not fire, the signal lies along (0, 1) instead.
+
+    >>> import pattern_bench as pb
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False)).eval()
+    >>> w = model[0].weight.data.copy_(torch.tensor([[1.0, -1.0]])).double()
+    >>> images = torch.tensor([[2.0, 1.0], [0.0, -1.0], [1.0, 2.0], [-1.0, 0.0]])
+    >>> pattern = TwoRegimes().fit(w, pb.collect_moments(model, [images])["0"], None)
+    >>> pattern.positive.tolist(), pattern.negative.tolist()
+    ([[1.0, 0.0]], [[0.0, -1.0]])
+    """
 
     name = "a_plus_minus"
     label = "S_a+-"
@@ -157,7 +218,7 @@ class TwoRegimes(Estimator):
 
 
 def by_name() -> dict[str, type[Estimator]]:
-    """Every estimator of the suite by its name, in the order of tables and legends.
+    """Return every estimator of the suite by its name, in the order of tables and legends.
 
     >>> [kind.label for kind in by_name().values()]
     ['random', 'S_x', 'S_w', 'S_a', 'S_a+-']

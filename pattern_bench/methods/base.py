@@ -27,7 +27,21 @@ class Method:
     (Kindermans et al. 2018, section 3): ``function`` (how the output reacts), ``signal`` (what in the input the
     network detected) or ``attribution`` (how much each input value contributed).
 
-    A new method is a class with these attributes and ``_attribute``, and a YAML file.
+    A new method is a class with the attributes below and ``_attribute``, and a YAML file (``methods/README.md``). The
+    attributes are plain values, one a line, since the report reads them without importing torch.
+
+    >>> class Sensitivity(Method):
+    ...     name = "sensitivity"
+    ...     place = 12
+    ...     kind = "function"
+    ...
+    ...     def _attribute(self, x, target):
+    ...         x.requires_grad_()
+    ...         return self._gradient(self._output(x, target), x) ** 2
+    >>> model = nn.Sequential(nn.Linear(2, 1, bias=False)).eval()
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[3.0, -1.0]]))
+    >>> Sensitivity(model).attribute(torch.ones(1, 2), target=0)
+    tensor([[9., 1.]])
 
     Args:
         model: the network, in evaluation mode; what layer-wise methods need, it is to be in canonical form
@@ -49,7 +63,9 @@ class Method:
     kind: ClassVar[str]
     """``function``, ``signal`` or ``attribution``: what the explanation shows."""
     needs_patterns: ClassVar[bool] = False
+    """Whether its ``__init__`` takes ``patterns``, by layer."""
     takes_reference: ClassVar[bool] = False
+    """Whether its ``__init__`` takes ``reference``, (R, ...) other images."""
     passes: ClassVar[Literal["one", "tens", "hundreds"]] = "one"
     """How often it runs the network for an image: ``one`` pass, or a few, forward and back; ``tens``, of copies of the
     image; ``hundreds``, of which a window each is changed. The sanity checks leave out all but ``one`` unless they are
@@ -82,7 +98,7 @@ class Method:
         self.model = model
 
     def attribute(self, inputs: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """The explanation of one output for each image.
+        """Explain one output for each image.
 
         Works the same inside ``torch.no_grad`` and ``torch.inference_mode``, and computes in the network's own
         precision inside ``torch.autocast``. A network in half precision is explained as a copy in float32, in which
@@ -125,8 +141,10 @@ class Method:
         return method
 
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
-        """The same for checked inputs, which are a copy, and checked targets (B,); gradients are enabled, and nothing
-        is in half precision."""
+        """Do what :meth:`attribute` says, for checked inputs, which are a copy, and checked targets (B,) or None.
+
+        Gradients are enabled, and nothing is in half precision.
+        """
         raise NotImplementedError
 
     # --- what methods are made of ---
@@ -252,7 +270,12 @@ class _NotDifferentiable(torch.autograd.Function):
 
 
 def kind_of(method: Any) -> type[Method]:
-    """The class behind a method that is still to be given its network."""
+    """Return the class behind a method that is still to be given its network.
+
+    >>> from pattern_bench.methods.gradients import SmoothGrad
+    >>> kind_of(partial(SmoothGrad, samples=3)).passes
+    'tens'
+    """
     kind: Any = method.func if isinstance(method, partial) else method
     return kind
 
@@ -263,7 +286,11 @@ def create(
     patterns: Mapping[str, Pattern] | None = None,
     reference: Tensor | None = None,
 ) -> Method:
-    """A method from what its YAML file describes, given what it needs of ``patterns`` and ``reference``.
+    """Make a method from what its YAML file describes, and give it what it needs of ``patterns`` and ``reference``.
+
+    >>> from pattern_bench.methods.gradients import SmoothGrad
+    >>> create(partial(SmoothGrad, samples=3), nn.Linear(2, 1)).samples
+    3
 
     Args:
         method: the class, or the ``functools.partial`` that Hydra makes of the YAML file.

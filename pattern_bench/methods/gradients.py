@@ -4,6 +4,9 @@ DeConvNet and Guided BackProp are the suite's own: captum and zennit change the 
 silently leave a ReLU that is a function as it is; where a ReLU's input has another reader, as in residual networks,
 captum changes that one's gradient too. On plain networks of ReLU modules all three agree. Integrated Gradients and
 SmoothGrad are captum's.
+
+In the examples below the second hidden neuron is silent: the image (3, 1) makes (2, -1) of the first layer's weights,
+and 2·2 - 0 of the second's.
 """
 
 from __future__ import annotations
@@ -21,7 +24,14 @@ from pattern_bench.methods.base import Method
 
 
 class Gradient(Method):
-    """The gradient of the target's output with respect to the input (Simonyan et al. 2014)."""
+    """The gradient of the target's output with respect to the input (Simonyan et al. 2014).
+
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]))
+    >>> _ = model[2].weight.data.copy_(torch.tensor([[2.0, -1.0]]))
+    >>> Gradient(model).attribute(torch.tensor([[3.0, 1.0]]), target=0)
+    tensor([[ 2., -2.]])
+    """
 
     name = "gradient"
     place = 5
@@ -43,6 +53,12 @@ class _Rectified(Gradient):
 class DeConvNet(_Rectified):
     """The gradient with a ReLU on the way back in the place of each ReLU's gate (Zeiler and Fergus 2014).
 
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]))
+    >>> _ = model[2].weight.data.copy_(torch.tensor([[2.0, -1.0]]))
+    >>> DeConvNet(model).attribute(torch.tensor([[1.0, 3.0]]), target=0)  # whichever neurons are silent
+    tensor([[ 2., -2.]])
+
     Raises:
         UserError: where the network rectifies with another function than ReLU or ReLU6.
     """
@@ -56,6 +72,15 @@ class DeConvNet(_Rectified):
 
 class GuidedBackProp(_Rectified):
     """The gradient, of which only positive values pass back through each ReLU's gate (Springenberg et al. 2015).
+
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]))
+    >>> _ = model[2].weight.data.copy_(torch.tensor([[2.0, -1.0]]))
+    >>> GuidedBackProp(model).attribute(torch.tensor([[3.0, 1.0], [3.0, 2.5]]), target=0)
+    tensor([[ 2., -2.],
+            [ 2., -2.]])
+    >>> Gradient(model).attribute(torch.tensor([[3.0, 2.5]]), target=0)  # of both neurons
+    tensor([[ 3., -4.]])
 
     Raises:
         UserError: where the network rectifies with another function than ReLU or ReLU6.
@@ -72,6 +97,12 @@ class IntegratedGradients(Method):
     """(x - baseline) ⊙ the gradient's mean on the line between them (Sundararajan et al. 2017), by Gauss-Legendre.
 
     Its sum is the output's change from the baseline to x, up to the error of the quadrature.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]))
+    >>> _ = model[2].weight.data.copy_(torch.tensor([[2.0, -1.0]]))
+    >>> IntegratedGradients(model, steps=4).attribute(torch.tensor([[3.0, 1.0]]), target=0).round(decimals=4)
+    tensor([[ 6., -2.]])
 
     Args:
         model: as for every method.
@@ -109,7 +140,13 @@ class IntegratedGradients(Method):
 class SmoothGrad(Method):
     """The gradient's mean over noisy copies of the image (Smilkov et al. 2017).
 
-    Every image meets the same noise, whatever the others in its batch.
+    Every image gets the same noise, whatever the others in its batch.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]))
+    >>> _ = model[2].weight.data.copy_(torch.tensor([[2.0, -1.0]]))
+    >>> SmoothGrad(model, samples=4, noise=0.1).attribute(torch.tensor([[3.0, 1.0]]), target=0)  # no gate is turned
+    tensor([[ 2., -2.]])
 
     Args:
         model: as for every method.

@@ -3,6 +3,9 @@
 Biases carry no relevance: what a layer's output owes to its bias goes nowhere. ReLU gates, pooling switches and
 every other operation (sums, concatenation, average pools, batch norms that could not be folded) keep their own
 gradient.
+
+In the examples below the second hidden neuron is silent: the image (3, 1) makes (2, -1) of the first layer's weights,
+and the output 2·2 - 0 of the second's.
 """
 
 from __future__ import annotations
@@ -137,7 +140,7 @@ class _PatternMethod(_Layerwise):
 
     @staticmethod
     def backward_weight(weight: Tensor, pattern: Tensor) -> Tensor:
-        """What stands in the place of ``weight``; all three have its shape."""
+        """Return what is propagated in the place of ``weight``; all three have its shape."""
         raise NotImplementedError
 
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
@@ -173,6 +176,14 @@ class PatternNet(_PatternMethod):
     that is all that pictures, ranks and correlations ask for. An output that never fired where patterns were fitted
     has no pattern: its own weight is propagated instead, and a warning says so.
 
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]))
+    >>> _ = model[2].weight.data.copy_(torch.tensor([[2.0, -1.0]]))
+    >>> a = torch.tensor([[1.0, 0.0], [0.0, 0.5]]), torch.tensor([[0.5, 0.0]])
+    >>> patterns = {name: Pattern(p, p, torch.zeros(len(p), dtype=torch.bool)) for name, p in zip("02", a)}
+    >>> PatternNet(model, patterns).attribute(torch.tensor([[3.0, 1.0]]), target=0)  # 4 times 0.5 times (1, 0)
+    tensor([[2., 0.]])
+
     Args:
         model: as for every method.
         patterns: of any estimator, by layer, each in its weight's shape or (N, D); of every layer that runs. They
@@ -200,6 +211,14 @@ class PatternAttribution(_PatternMethod):
 
     As :class:`PatternNet`, with w ⊙ a₊ in the place of each weight: deep Taylor decomposition whose root point is the
     distractor. The arguments and errors are those of PatternNet; ``last_layer=weight`` propagates w there.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]))
+    >>> _ = model[2].weight.data.copy_(torch.tensor([[2.0, -1.0]]))
+    >>> a = torch.tensor([[1.0, 0.0], [0.0, 0.5]]), torch.tensor([[0.5, 0.0]])
+    >>> patterns = {name: Pattern(p, p, torch.zeros(len(p), dtype=torch.bool)) for name, p in zip("02", a)}
+    >>> PatternAttribution(model, patterns).attribute(torch.tensor([[3.0, 1.0]]), target=0)  # 4 times 1 times (1, 0)
+    tensor([[4., 0.]])
     """
 
     name = "pattern_attribution"
@@ -223,6 +242,12 @@ class DtdW2(_Layerwise):
     Where nothing is padded with zeros, this is PatternAttribution with S_w's patterns w / wᵀw, whose shares are of all
     of ‖w‖²; where something is, that loses what falls on the padding. Open ReLUs, max pools and average pools over the
     image alone pass on all relevance too; closed ReLUs pass none, and a sum of two branches hands all of it to both.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]))
+    >>> _ = model[2].weight.data.copy_(torch.tensor([[2.0, -1.0]]))
+    >>> DtdW2(model).attribute(torch.tensor([[3.0, 1.0]]), target=0)  # 4 times 4/5, halved between (1, -1)
+    tensor([[1.6000, 1.6000]])
     """
 
     name = "dtd_w2"
@@ -253,6 +278,12 @@ class LrpZ(_Layerwise):
     b R / y, goes nowhere: without biases the relevance sums to the output, otherwise to the output less what the
     biases contributed. Other operations keep their own gradient, so the sum is not conserved through a smooth
     activation.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]))
+    >>> _ = model[2].weight.data.copy_(torch.tensor([[2.0, -1.0]]))
+    >>> LrpZ(model).attribute(torch.tensor([[3.0, 1.0]]), target=0)  # of the output 4
+    tensor([[ 6., -2.]])
     """
 
     name = "lrp_z"

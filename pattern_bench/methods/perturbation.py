@@ -54,6 +54,12 @@ class Occlusion(_Windowed):
     """The output's loss when a window is replaced by a constant, averaged over the windows that cover a pixel
     (Zeiler and Fergus 2014).
 
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, -1.0], [-1.0, 2.0]]))
+    >>> _ = model[2].weight.data.copy_(torch.tensor([[2.0, -1.0]]))
+    >>> Occlusion(model, window=1).attribute(torch.tensor([[3.0, 1.0]]), target=0)  # of 4: -2 without the first input
+    tensor([[ 6., -2.]])
+
     Args:
         model: as for every method.
         window: side of the window in pixels; None scales 16 at 224 pixels.
@@ -107,7 +113,13 @@ class PredictionDifference(_Windowed):
     (p N + 1) / (N + K).
 
     The samples come from ``reference``, or without one from the *other* images of the batch, and then an image's
-    explanation depends on these. Each image meets the same draws.
+    explanation depends on these. Each image gets the same draws.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False)).eval()
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    >>> method = PredictionDifference(model, reference=torch.zeros(3, 2), window=1)
+    >>> method.attribute(torch.tensor([[1.0, 5.0]]), target=0).round(decimals=3)  # odds fall from e to 1: log₂ e
+    tensor([[1.4430, 0.0000]])
 
     Args:
         model: as for every method.

@@ -22,9 +22,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from pattern_bench.plotting.styles import curve_label, curve_styles, estimator_colours, legible, method_place
-from pattern_bench.results.labels import plain
-from pattern_bench.results.schema import of_same_neurons, ordered, standard_errors
+from pattern_bench.plotting.styles import curve_label, curve_styles, estimator_colours, legible
+from pattern_bench.results import declared
+from pattern_bench.results.labels import formula, method_place, ordered, plain
+from pattern_bench.results.schema import of_same_neurons, standard_errors
 from pattern_bench.storage.atomic import write_file
 
 if TYPE_CHECKING:  # the report draws none
@@ -38,9 +39,8 @@ MOST_WIDTH = 21
 MOST_BANDS = 8
 """More bands than these hide the curves."""
 HEAT = "seismic"
-LABELS = {"random": "random", "x": "$S_x$", "w": "$S_w$", "a": "$S_a$", "a_plus_minus": "$S_{a+-}$"}
-
-
+LABELS = {name: facts.math_label for name, facts in declared.estimators().items()}
+"""Of the suite's estimators; :func:`pattern_bench.results.labels.formula` serves others too."""
 RHO = r"$\rho(S)$"
 _FORMULAS = re.compile("(" + "|".join(re.escape(text) for text in [*LABELS.values(), RHO] if "$" in text) + ")")
 MOST_LETTERS = 160
@@ -50,7 +50,7 @@ R = TypeVar("R")
 
 
 def as_written(draw: Callable[P, R]) -> Callable[P, R]:
-    """Within ``draw`` all text is drawn as it is, whatever names are made of: Matplotlib would read a formula wherever
+    """Draw all text within ``draw`` as it is, whatever names are made of: Matplotlib would read a formula wherever
     it finds two ``$``. Only the formulas of :data:`LABELS` and :data:`RHO` are drawn as such, by ``_save``."""
 
     @functools.wraps(draw)
@@ -62,7 +62,7 @@ def as_written(draw: Callable[P, R]) -> Callable[P, R]:
 
 
 def suffixes() -> list[str]:
-    """Of the files that pictures can be written to."""
+    """Return the suffixes of the files that pictures can be written to, such as ``.png``."""
     return [f".{kind}" for kind in sorted(FigureCanvasAgg.get_supported_filetypes())]
 
 
@@ -85,14 +85,14 @@ def _shortened(line: str) -> str:
 
 
 def _legend(label: str) -> str:
-    """A label that Matplotlib shows: one that begins with ``_`` it takes for its own."""
+    """Return a label that Matplotlib shows: one that begins with ``_`` it takes for its own."""
     return f" {label}" if label.startswith("_") else label
 
 
 @as_written
 def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Sequence[tuple[str, ...]] = ()) -> bool:
-    """Fig. 3: rho per layer and estimator; points are medians over the neurons that are live under all estimators of
-    the layer, bars reach from quartile to quartile, and black caps one standard error of the median (over all live
+    """Draw Fig. 3: rho per layer and estimator; points are medians over the neurons that are live under all estimators
+    of the layer, bars reach from quartile to quartile, and black caps one standard error of the median (over all live
     neurons of the estimator) up and down where images were drawn again. The word stands in the place of what is
     ``missing``, by model, data, criterion, probe, layer and estimator.
 
@@ -130,7 +130,7 @@ def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Se
             places = [order.index(layer) + shift for layer in own.layer]
             axis.errorbar(
                 places, own[0.5], yerr=[own[0.5] - own[0.25], own[0.75] - own[0.5]], color=colours[name], fmt="o",
-                markersize=5, elinewidth=1.6, label=_legend(LABELS.get(name, name)),
+                markersize=5, elinewidth=1.6, label=_legend(formula(name)),
             )  # fmt: skip
             caps = [float(errors.get((layer, name), np.nan)) for layer in own.layer]
             if np.isfinite(caps).any():
@@ -155,7 +155,7 @@ def draw_rho(rho: pd.DataFrame, path: Path, bootstrap: pd.DataFrame, missing: Se
 
 @as_written
 def draw_degradation(degradation: pd.DataFrame, path: Path, missing: Sequence[tuple[str, ...]] = ()) -> bool:
-    """Fig. 4a: mean probability of the class first predicted against the number of replaced patches.
+    """Draw Fig. 4a: mean probability of the class first predicted against the number of replaced patches.
 
     One panel per model and data set; the band is the standard error over images, where there are few curves. What is
     ``missing``, by model, data, estimator and method, stands in the legend as such.
@@ -171,7 +171,7 @@ def draw_degradation(degradation: pd.DataFrame, path: Path, missing: Sequence[tu
         curves = {(str(name), str(method)): curve for (name, method), curve in table.groupby(["estimator", "method"])}
         lacking = [(name, method) for *panel, name, method in missing if panel == [model, data]]
         for (name, method), style in (styles := curve_styles([*curves, *lacking])).items():
-            label = _legend(curve_label(name, method, styles, LABELS.get(name, name)))
+            label = _legend(curve_label(name, method, styles, formula(name)))
             colour = legible(style.colour)
             dashes = (0, style.dashes) if style.dashes else "-"
             if (name, method) not in curves:
@@ -194,8 +194,8 @@ def draw_degradation(degradation: pd.DataFrame, path: Path, missing: Sequence[tu
 
 @as_written
 def draw_explanations(images: Tensor, columns: Mapping[str, Tensor], captions: list[str], path: Path) -> None:
-    """One row per image: the input, then each explanation. Signals are drawn as curves, volumes by the slice in the
-    middle of their first spatial dimension.
+    """Draw one row per image: the input, then each explanation. Signals are drawn as curves, volumes by the slice in
+    the middle of their first spatial dimension.
 
     Args:
         images: (n, C, spatial...) network inputs, shown from their own minimum to their maximum.
@@ -231,7 +231,7 @@ class Panel:
 def draw_panels(
     rows: Sequence[Sequence[Panel | None]], labels: Sequence[str], path: Path, percentile: float = 100.0
 ) -> None:
-    """Rows of panels with a label on the left of each; None leaves a place empty. At print quality.
+    """Draw rows of panels with a label on the left of each; None leaves a place empty. At print quality.
 
     With a ``percentile`` below 100 that of |x| stands in the place of max|x|, and what lies beyond is cut off; the
     figure says so.
@@ -266,8 +266,8 @@ def draw_panels(
 
 @as_written
 def draw_similarity(table: pd.DataFrame, path: Path, title: str, xlabel: str, ylabels: Mapping[str, str]) -> None:
-    """Curves of every method over depth, from the output to the input, a panel per measure; the band is one standard
-    deviation over images up and down.
+    """Draw curves of every method over depth, from the output to the input, a panel per measure; the band is one
+    standard deviation over images up and down.
 
     Args:
         table: the columns ``method``, ``layer``, ``layer_index``, ``measure``, ``mean`` and ``std``.
@@ -306,8 +306,8 @@ def draw_similarity(table: pd.DataFrame, path: Path, title: str, xlabel: str, yl
 
 
 def _plane(values: Tensor) -> Tensor:
-    """What of (C, spatial...) can be drawn: all of signals (C, T) and images; of volumes the slice in the middle of the
-    first spatial dimension."""
+    """Return what of (C, spatial...) can be drawn: all of signals (C, T) and images; of volumes the slice in the middle
+    of the first spatial dimension."""
     while values.ndim > 3:
         values = values[:, values.shape[1] // 2]
     return values
@@ -333,7 +333,7 @@ def _show_explanation(axis: plt.Axes, explanation: Tensor, signal: bool, percent
 
 
 def _show(axis: plt.Axes, image: Tensor) -> None:
-    """(C, spatial...) in [0, 1]: a signal as a curve per channel; an image in grey unless it has three channels."""
+    """Show (C, spatial...) in [0, 1]: a signal as a curve per channel, an image in grey unless it has three."""
     image = _plane(image)
     if image.ndim == 2:
         axis.plot(image.mT.numpy(), linewidth=0.7)

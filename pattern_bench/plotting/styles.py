@@ -7,38 +7,52 @@ from dataclasses import dataclass
 
 import seaborn as sns
 
-from pattern_bench.results.labels import METHODS, plain
-from pattern_bench.results.schema import ESTIMATORS, ordered
+from pattern_bench.results import declared
+from pattern_bench.results.labels import RANDOM_ORDER, method_place, ordered, plain
 
-# Seaborn's, but brown for S_x: its orange, dark enough for white paper, is S_a's vermilion to colour-blind readers.
-PALETTE = [sns.color_palette("colorblind").as_hex()[place] for place in (0, 5, 2, 3, 4, 1, 6, 7, 8, 9)]
+_SEABORN = ("blue", "orange", "green", "vermilion", "purple", "brown", "pink", "silver", "yellow", "sky")
+COLOURS = dict(zip(_SEABORN, sns.color_palette("colorblind").as_hex(), strict=True))
+"""By the name that an estimator gives as its ``colour``. Brown is the paper's S_x, since orange, dark enough for white
+paper, is S_a's vermilion to colour-blind readers."""
+_ORDER = ("blue", "brown", "green", "vermilion", "purple", "orange", "pink", "silver", "yellow", "sky")
+PALETTE = [COLOURS[name] for name in _ORDER]
+_FIRST_FREE = 6
+"""In ``PALETTE``: where the colours of estimators begin that give none."""
 GREY = "#737373"
 SOLID, DASHED, DOTTED, DASH_DOTTED = (), (5.0, 2.0), (1.0, 1.5), (6.0, 2.0, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
 class Style:
-    """Of a curve: its colour, and dashes and gaps in multiples of its width (none: solid)."""
+    """How a curve is drawn: its colour, and dashes and gaps in multiples of its width (none: solid)."""
 
     colour: str
     dashes: tuple[float, ...] = SOLID
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of ``#rrggbb``, as WCAG defines it: 0 is black, 1 white."""
+    """Return the relative luminance of ``#rrggbb``, as WCAG defines it: 0 is black, 1 white.
+
+    >>> luminance("#ffffff")
+    1.0
+    """
     channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG's contrast of two colours, from 1 to 21; marks need 3."""
+    """Return WCAG's contrast of two colours, from 1 to 21; marks need 3.
+
+    >>> contrast("#000000", "#ffffff")
+    21.0
+    """
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
 
 def legible(colour: str, background: str = "#ffffff", least: float = 3.0) -> str:
-    """``colour``, made darker or lighter until it has a contrast of ``least`` to the background."""
+    """Return ``colour``, made darker or lighter until it has a contrast of ``least`` to the background."""
     end = 0 if luminance(background) > 0.18 else 255
     channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     for step in range(101):
@@ -49,24 +63,31 @@ def legible(colour: str, background: str = "#ffffff", least: float = 3.0) -> str
 
 
 def estimator_colours(names: Iterable[str]) -> dict[str, str]:
-    """Colour-blind safe, the same colour for the same name in every figure."""
-    known = [*ESTIMATORS, "none"]
-    order = known + sorted(set(names) - set(known))
-    return {name: GREY if name == "none" else PALETTE[i % 10] for i, name in enumerate(order)}
+    """Return colours by name: those of the suite's estimators as they say, then of ``names``, others by name.
+
+    Colour-blind safe. The suite's have the same colour in every figure, others wherever the same stand beside them.
+
+    >>> estimator_colours(["mine"])["a"] == COLOURS["vermilion"]
+    True
+    """
+    chosen = {name: COLOURS[facts.colour] for name, facts in declared.estimators().items() if facts.colour}
+    others = sorted(set(names) - {*chosen, "none"})
+    free = {name: PALETTE[(_FIRST_FREE + i) % len(PALETTE)] for i, name in enumerate(others)}
+    return {**chosen, "none": GREY, **free}
 
 
 def curve_styles(curves: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Style]:
-    """By estimator and method, in the order of the legend: estimators have their colours, dash-dotted under
-    PatternNet; methods without patterns the other colours, dashed; the random order is grey and dotted."""
+    """Return styles by estimator and method, in the order of the legend: estimators have their colours, dash-dotted
+    under PatternNet; methods without patterns the other colours, dashed; the random order is grey and dotted."""
     every = list(dict.fromkeys(curves))
     colours = estimator_colours(name for name, _ in every)
     places = {name: place for place, name in enumerate(ordered({name for name, _ in every} - {"none"}))}
     free = sorted({method for name, method in every if name == "none"}, key=method_place)
-    free = [method for method in free if not method.startswith("random_order")]
+    free = [method for method in free if not method.startswith(RANDOM_ORDER)]
     others = [5, 9, 8, 6, 0, 1, 2, 3, 4]
     styles = {}
     for name, method in sorted(every, key=lambda key: (places.get(key[0], 99), method_place(key[1]))):
-        if method.startswith("random_order"):
+        if method.startswith(RANDOM_ORDER):
             styles[name, method] = Style(GREY, DOTTED)
         elif name == "none":
             place = free.index(method)
@@ -77,17 +98,16 @@ def curve_styles(curves: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Sty
 
 
 def curve_label(estimator: str, method: str, curves: Iterable[tuple[str, str]], label: str) -> str:
-    """What a curve is called among ``curves``: by its estimator's ``label``, its method, or both."""
+    """Return what the legend calls a curve among ``curves``: its estimator's ``label``, its method's, or both.
+
+    >>> curve_label("a", "pattern_net", [("a", "pattern_net"), ("w", "pattern_net")], "S_a")
+    'S_a'
+    >>> curve_label("a", "pattern_net", [("a", "pattern_net"), ("a", "pattern_attribution")], "S_a")
+    'S_a, PatternNet'
+    """
     every = set(curves)
     if estimator == "none":
         return plain(method)
     with_patterns = {m for name, m in every if name != "none"}
     free = {m for name, m in every if name == "none"}
     return f"{label}, {plain(method)}" if len(with_patterns) > 1 or len(free) > 1 else label
-
-
-def method_place(method: str) -> tuple[int, str]:
-    """What methods are sorted by in legends."""
-    name = method.split(",")[0]
-    order = [*list(METHODS)[1:], "random_order"]
-    return (order.index(name) if name in order else 99, method)

@@ -1,4 +1,4 @@
-"""The parts that the page is made of, as plain data: tables, figures, pictures, commands."""
+"""The parts of a report's page, as plain data: tables, figures, pictures, commands. The template writes them down."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from pattern_bench.reporting.plots import Histogram, Plot
 
 @dataclass(frozen=True)
 class Field:
-    """A cell of a table: what it shows, its kind (``number``, ``missing``, ``estimator``, ``code``, ``better``,
-    ``worse`` or none), what it is sorted by where that is another thing, what is said of it beyond, and what stands
-    small below it."""
+    """A cell of a table.
+
+    Args:
+        text: what it shows.
+        kind: how it looks: ``number``, ``missing``, ``estimator``, ``code``, ``better``, ``worse`` or none of these.
+        value: what rows are sorted by; ``text`` for None.
+        note: shown where the pointer rests on it.
+        below: small print below the text.
+    """
 
     text: Any
     kind: str = ""
@@ -25,7 +31,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a caption; ``numbers`` says which columns are of numbers."""
+    """A table with a caption; ``numbers`` holds the places of the columns of numbers."""
 
     caption: str
     columns: list[str]
@@ -35,7 +41,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot, its values, and what is said below it."""
+    """A plot, its values as a table, and a note below it."""
 
     heading: str
     plot: Plot
@@ -45,7 +51,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Distributions:
-    """Histograms of a panel: a row per layer, a column per estimator, None where there is nothing to count."""
+    """Histograms of a panel: a row per layer, a column per estimator; text where there is nothing to count. ``low`` and
+    ``high`` are the ends of their axis."""
 
     heading: str
     estimators: list[str]
@@ -68,7 +75,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """How to make a figure again."""
+    """The commands that make a figure again."""
 
     what: str
     commands: list[str]
@@ -91,15 +98,17 @@ class Section:
 
 
 def number(value: float, places: int = 3) -> str:
+    """Return a number with so many decimal places, and a typographic minus."""
     return f"{value:.{places}f}".replace("-", "−")
 
 
 def words(text: str) -> Field:
+    """Return a cell of text."""
     return Field(text)
 
 
 def numeral(value: float, places: int = 3, note: str = "") -> Field:
-    """A number, or a dash where there is none."""
+    """Return a cell with a number, or a dash for NaN."""
     if pd.isna(value):
         return Field("–", "number", None, note)
     return Field(number(value, places), "number", float(value), note)

@@ -1,4 +1,4 @@
-"""What changed between two sets of runs, A and B: differences B − A with 95 % intervals, and what they are intervals
+"""Changes between two sets of runs, A and B: differences B − A with 95 % intervals, and what they are intervals
 of. Larger is better for all of ρ, area over the curve and accuracy."""
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from scipy.stats import t as student
 from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, ROUNDING, Cell, Gathered
 from pattern_bench.reporting.runs import Run
 from pattern_bench.reporting.tables import area_intervals, areas
-from pattern_bench.results.schema import LAYER, of_same_neurons, ordered
+from pattern_bench.results.labels import ordered
+from pattern_bench.results.schema import LAYER, of_same_neurons
 
 RESAMPLES = 2000
 NAMES = [*CELL, "method"]
@@ -55,7 +56,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """Of B over A: clear is what the whole interval, and more than rounding, speaks for."""
+        """Return how B stands to A: a change is clear where the whole interval, and more than rounding, speaks for."""
         if self.note:
             return self.note
         if self.names.get("estimator") == "random" or self.names.get("method", "").startswith("random_order"):
@@ -87,7 +88,7 @@ class Side:
 
 
 def changes(a: Gathered, b: Gathered) -> list[Change]:
-    """Every change of ρ (all layers together, then each), area over the curve, and accuracy.
+    """Return every change of ρ (all layers together, then each), area over the curve, and accuracy.
 
     Where A has one model and B another, they are compared with each other, and so are data sets.
     """
@@ -101,7 +102,8 @@ Alignment = dict[str, dict[str, str]]
 
 
 def alignment(a: Gathered, b: Gathered) -> tuple[Alignment, Alignment]:
-    """What models and data of A, and of B, are called: ``one → other`` where each has one, and not the same."""
+    """Return the names of models and data of A, and of B, in the comparison: ``one → other`` where each side has one,
+    and not the same."""
     names: tuple[Alignment, Alignment] = ({}, {})
     for place, column in enumerate(("model", "data")):
         mine, its = ({cell[place] for cell in [*side.cells, *side.curves]} for side in (a, b))
@@ -230,8 +232,8 @@ def _rho_change(names: dict[str, str], a: Side, b: Side, cells: Sequence[Cell], 
 
 
 def over_neurons(a: np.ndarray, b: np.ndarray, paired: bool) -> Ends:
-    """Percentile bootstrap interval of ``mean(b) − mean(a)`` over neurons, (n,) each; those of a pair are drawn
-    together."""
+    """Return the percentile bootstrap interval of ``mean(b) − mean(a)`` over neurons, (n,) each; those of a pair are
+    drawn together."""
     draw = np.random.default_rng(0)
     means = _resampled_means(b - a, draw) if paired else _resampled_means(b, draw) - _resampled_means(a, draw)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -245,7 +247,8 @@ def _resampled_means(values: np.ndarray, draw: np.random.Generator) -> np.ndarra
 
 
 def over_images(difference: float, a: np.ndarray, b: np.ndarray, same_draws: bool) -> tuple[Ends, str]:
-    """The interval ``difference ± t · standard error`` from means under resamples of the images, (resamples,) each.
+    """Return the interval ``difference ± t · standard error`` from means under resamples of the images, (resamples,)
+    each.
 
     Where both sides drew the same images, the error is the spread of the differences within a draw. Otherwise the two
     are taken for independent, which is too wide where they share images. Student's t stands for how well so many
@@ -314,15 +317,15 @@ def _accuracies(a: Side, b: Side) -> list[Change]:
 
 
 def difference_interval(a: float, a_ends: Ends, b: float, b_ends: Ends) -> Ends:
-    """The interval of ``b − a`` from those of two independent estimates (Zou and Donner 2008: the distances from each
-    estimate to its ends, added in squares)."""
+    """Return the interval of ``b − a`` from those of two independent estimates (Zou and Donner 2008: the distances from
+    each estimate to its ends, added in squares)."""
     low = b - a - math.hypot(b - b_ends[0], a_ends[1] - a)
     high = b - a + math.hypot(b_ends[1] - b, a - a_ends[0])
     return low, high
 
 
 def wilson(share: float, n: int) -> Ends:
-    """Wilson's 95 % interval of a share of ``n``."""
+    """Return Wilson's 95 % interval of a ``share`` between 0 and 1 of ``n`` draws (Wilson 1927)."""
     z = 1.959963984540054
     middle, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
@@ -332,7 +335,7 @@ def wilson(share: float, n: int) -> Ends:
 
 
 def changed_settings(a: Sequence[Run], b: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """Dotted keys that A and B give other values, with the values of each; versions of packages too."""
+    """Return the settings, and versions of packages, that differ between A and B: dotted key, value in A, in B."""
     sides: list[dict[str, dict[str, None]]] = []
     for runs in (a, b):
         values: dict[str, dict[str, None]] = {}
@@ -347,7 +350,7 @@ def changed_settings(a: Sequence[Run], b: Sequence[Run]) -> list[tuple[str, str,
 
 
 def change_table(found: Sequence[Change]) -> pd.DataFrame:
-    """A row per change."""
+    """Return a table with a row per change."""
     rows = [
         {
             "quantity": change.quantity, **change.names, "a": change.a, "b": change.b,

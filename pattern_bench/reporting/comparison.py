@@ -1,4 +1,4 @@
-"""``report --compare A B``: writes what changed as Markdown, as CSV and as a page, and says it."""
+"""``report --compare A B``: changes as Markdown, as CSV, as a page and in the terminal."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pattern_bench.reporting.gathering import Gathered
 from pattern_bench.reporting.plots import Value, dots
 from pattern_bench.reporting.sections import missing_tables
 from pattern_bench.reporting.tables import in_markdown
-from pattern_bench.results.labels import plain
-from pattern_bench.results.schema import in_cells, ordered, write_csv
+from pattern_bench.results.labels import ordered, plain
+from pattern_bench.results.schema import in_cells, write_csv
 from pattern_bench.storage.atomic import write_file
 
 COLUMNS = ["quantity", "of", "A", "B", "B − A", "95 % interval", "verdict", "left out"]
@@ -48,7 +48,7 @@ INTERVALS = (
 
 
 def compare(a: Gathered, b: Gathered, output: Path) -> tuple[list[Change], list[tuple[str, str, str]]]:
-    """Every change and every setting that changed; writes ``compare.csv`` and ``compare.md`` into ``output``."""
+    """Return every change and every setting that changed; write ``compare.csv`` and ``compare.md`` into ``output``."""
     found, settings = changes(a, b), changed_settings(a.runs, b.runs)
     write_csv(output / "compare.csv", change_table(found))
     text = "\n".join(markdown(found, settings))
@@ -57,7 +57,7 @@ def compare(a: Gathered, b: Gathered, output: Path) -> tuple[list[Change], list[
 
 
 def markdown(found: Sequence[Change], settings: Sequence[tuple[str, str, str]]) -> list[str]:
-    """The lines of ``compare.md``."""
+    """Return the lines of ``compare.md``."""
     rows = pd.DataFrame([line(change) for change in found], columns=COLUMNS)
     lines = ["# What changed from A to B", "", HOW, "", NEURONS, "", INTERVALS, ""]
     lines += [in_cells(rows, in_markdown).to_markdown(index=False, disable_numparse=True), "", "## Settings", ""]
@@ -70,7 +70,7 @@ def markdown(found: Sequence[Change], settings: Sequence[tuple[str, str, str]]) 
 
 
 def said(found: Sequence[Change], settings: Sequence[tuple[str, str, str]]) -> list[str]:
-    """What the terminal shows: settings, then the changes but for single layers, and how many of those are clear."""
+    """Return lines for the terminal: settings, changes but for single layers, and how many of those are clear."""
     lines = [f"{key}: {mine} → {its}" for key, mine, its in settings] or ["no setting differs"]
     rows = pd.DataFrame([line(change) for change in found if is_whole(change)], columns=COLUMNS)
     lines += ["", rows.to_markdown(index=False, disable_numparse=True, tablefmt="simple"), ""]
@@ -80,19 +80,19 @@ def said(found: Sequence[Change], settings: Sequence[tuple[str, str, str]]) -> l
 
 
 def is_whole(change: Change) -> bool:
-    """Whether it is of no single layer."""
+    """Return whether a change is of all layers together, an area or an accuracy, and of no single layer."""
     return change.names.get("layer", ALL_LAYERS) == ALL_LAYERS
 
 
 def line(change: Change) -> list[str]:
-    """A row of text, in the order of COLUMNS."""
+    """Return a change as a row of text, in the order of COLUMNS."""
     values = ["–" if value != value else number(value, 4) for value in (change.a, change.b, change.b - change.a)]
     shown = [*values, _interval(change), change.verdict, _left_out(change)]
     return [change.quantity.replace("rho", "ρ"), of(change), *shown]
 
 
 def of(change: Change) -> str:
-    """What it is of, in words."""
+    """Return the names that a change belongs to, in words: its layer, estimator, method and so on."""
     names = change.names
     parts = [names["model"], names["data"], names.get("criterion", "")]
     if names.get("probe", "closed_form") != "closed_form":
@@ -117,7 +117,8 @@ def _interval(change: Change) -> str:
 def comparison_sections(
     a: Gathered, b: Gathered, found: Sequence[Change], settings: Sequence[tuple[str, str, str]], command: str
 ) -> list[Section]:
-    """The page: what changed as a whole, by layer, in settings; pictures of both; what is missing in either."""
+    """Return the sections of the page: changes as a whole, by layer, in settings; pictures of both; what is missing in
+    either."""
     layers = [change for change in found if not is_whole(change)]
     shown = [
         Section("comparison", "What changed", (HOW, NEURONS, INTERVALS),

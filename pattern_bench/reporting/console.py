@@ -11,13 +11,12 @@ from rich.table import Table
 
 from pattern_bench.reporting.gathering import CURVE, PANEL, Cell
 from pattern_bench.reporting.tables import COMPLETE, MISSING
-from pattern_bench.results.labels import plain
-from pattern_bench.results.schema import ordered
+from pattern_bench.results.labels import ordered, plain
 
 
 def show(rho: pd.DataFrame, areas: pd.Series, missing: Sequence[Cell], console: Console) -> None:
-    """A table per model, data set, criterion and probe: the median of ρ(S) by layer and estimator, over the neurons
-    that are live under all of them; and one of the area over the curve.
+    """Print a table per model, data set, criterion and probe: the median of ρ(S) by layer and estimator, over the
+    neurons that are live under all of them; and one of the area over the curve.
 
     Args:
         rho: as :func:`~pattern_bench.reporting.tables.rho_table` gives it.
@@ -58,7 +57,7 @@ def left_out(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _show_areas(areas: pd.Series, console: Console) -> None:
-    """The largest first; what is missing last."""
+    """Print areas over the curves, the largest first, missing ones last."""
     table = Table(title="area over the curve", title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
     for name in ("model", "data", "explanation"):
         table.add_column(name, overflow="fold")

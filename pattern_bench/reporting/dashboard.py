@@ -1,4 +1,4 @@
-"""What ``python -m pattern_bench.dashboard`` builds: W&B views and a W&B report of what runs measured.
+"""W&B views and a W&B report of runs, as ``python -m pattern_bench.dashboard`` builds them.
 
 A view of the workspace has one model, data set, criterion and probe, with Fig. 3 as bars and Fig. 4a as lines by
 estimator. Another of each model and data set has what goes beyond one of these: criteria side by side, galleries, and
@@ -26,8 +26,7 @@ from pattern_bench.plotting.styles import estimator_colours
 from pattern_bench.reporting.gathering import CELL, latest
 from pattern_bench.reporting.runs import Found, Run, read_runs
 from pattern_bench.reporting.tables import COMPLETE, rho_table
-from pattern_bench.results.labels import plain
-from pattern_bench.results.schema import ordered
+from pattern_bench.results.labels import ordered, plain
 
 RANDOM = "random_order"
 PICTURES = ("explanations", "fig1", "fig4b", "fig5", "randomisation", "convergence")
@@ -46,7 +45,7 @@ The faster it falls, the better the explanation.""".replace("\n", " ")
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """What one figure does not mix. Its fields are keys of ``names`` in the configuration of a W&B run."""
+    """Names that the runs in one figure share. Its fields are keys of ``names`` in the configuration of a W&B run."""
 
     model: str
     data: str
@@ -55,12 +54,13 @@ class Setting:
 
     @property
     def title(self) -> str:
+        """Return the title of its figures."""
         return f"{self.model} on {self.data}, criterion {self.criterion}, probe {self.probe}"
 
 
 @dataclass
 class Measured:
-    """What the runs of a setting measured.
+    """The layers, estimators and curves of a setting's runs.
 
     Attributes:
         layers: by name, their place in the network.
@@ -77,7 +77,7 @@ class Measured:
 
 
 def measured(folders: Sequence[str]) -> dict[Setting, Measured]:
-    """What the complete runs at or below ``folders`` measured.
+    """Read the complete runs at or below ``folders``, and group what they measured by setting.
 
     Raises:
         UserError: where there is no complete run, or one is damaged.
@@ -108,8 +108,8 @@ def measured(folders: Sequence[str]) -> dict[Setting, Measured]:
 
 
 def same_neurons(runs: Sequence[Run]) -> str:
-    """Fig. 3 of the ``runs`` over the neurons that are live under all their estimators: medians by layer, as Markdown.
-    Empty where nothing is left out, so that what each run logged is over the same neurons."""
+    """Return Fig. 3 of the ``runs`` over the neurons that are live under all their estimators: medians by layer, as
+    Markdown. Empty where nothing is left out, so that what each run logged is over the same neurons."""
     rho, *_ = latest(runs, "rho", CELL)
     if "sgd" in set(rho.probe) and "closed_form" in set(rho.probe):  # of both, runs log the latter
         rho = rho[rho.probe == "closed_form"]
@@ -130,6 +130,7 @@ def same_neurons(runs: Sequence[Run]) -> str:
 
 
 def fig3(here: Measured) -> list[Any]:
+    """Return the panels of Fig. 3: median ρ by layer."""
     layers = sorted(here.layers, key=lambda layer: here.layers[layer])
     return [
         _bars(
@@ -141,7 +142,8 @@ def fig3(here: Measured) -> list[Any]:
 
 
 def fig4a(here: Measured) -> list[Any]:
-    """Curves of the methods with patterns, of all methods where there are others, and the areas over them."""
+    """Return the panels of Fig. 4a: curves of the methods with patterns, of all methods where there are others, and the
+    areas over them."""
     with_patterns = [method for method, patterns in here.curves.items() if patterns]
     panels = []
     if with_patterns:
@@ -155,11 +157,13 @@ def fig4a(here: Measured) -> list[Any]:
 
 
 def galleries() -> list[Any]:
+    """Return the panel of the pictures that galleries log."""
     keys = [f"figures/{name}" for name in PICTURES]
     return [wr.MediaBrowser(title="Galleries", media_keys=keys, num_columns=2, layout=wr.Layout(w=24, h=14))]
 
 
 def comparison() -> list[Any]:
+    """Return the panel of settings in which runs differ."""
     return [wr.RunComparer(diff_only="split", layout=wr.Layout(w=24, h=14))]
 
 
@@ -215,7 +219,8 @@ class Part:
 
 
 def parts(found: Mapping[Setting, Measured]) -> list[Part]:
-    """Of each model and data set: the figures of each setting, the criteria where there are several, and the rest."""
+    """Return the parts of each model and data set: the figures of each setting, the criteria where there are several,
+    and the rest."""
     made = []
     for (model, data), settings in _by_model(found).items():
         title, names = f"{model} on {data}", {"model": model, "data": data}
@@ -243,6 +248,7 @@ def _by_model(found: Mapping[Setting, Measured]) -> dict[tuple[str, str], dict[S
 
 
 def workspace(entity: str, project: str, part: Part, estimators: Iterable[str]) -> ws.Workspace:
+    """Return a view with the panels of ``part``, in the colours of the ``estimators``."""
     colours = estimator_colours(estimators)
     return ws.Workspace(
         entity=entity, project=project, name=part.title,
@@ -262,6 +268,7 @@ def workspace(entity: str, project: str, part: Part, estimators: Iterable[str]) 
 
 
 def report(entity: str, project: str, made: Iterable[Part]) -> wr.Report:
+    """Return a W&B report with a heading, a text and panels for each part."""
     blocks: list[Any] = [wr.P(HOW_TO_READ), wr.TableOfContents()]
     for part in made:
         # A run set without a project is of the report's own; with one, the library would ask the server for it.
@@ -279,7 +286,7 @@ def report(entity: str, project: str, made: Iterable[Part]) -> wr.Report:
 
 
 def build(entity: str, project: str, folders: Sequence[str]) -> tuple[list[ws.Workspace], wr.Report]:
-    """The views and the report of what the runs in ``folders`` measured.
+    """Return the views and the report of the runs in ``folders``, which are not sent yet.
 
     Raises:
         UserError: where there are no runs, or W&B's library refuses what they are called.
@@ -296,7 +303,8 @@ def build(entity: str, project: str, folders: Sequence[str]) -> tuple[list[ws.Wo
 
 
 def specification(views: Iterable[ws.Workspace], page: wr.Report) -> dict[str, Any]:
-    """What would be sent to W&B, as plain data: ``workspaces`` and ``report``, read back by the library's own models.
+    """Return what would be sent to W&B, as plain data: ``workspaces`` and ``report``, read back by the library's own
+    models.
 
     Raises:
         ValueError: where it does not read what it wrote.
@@ -318,7 +326,7 @@ def _plain(model: Any) -> dict[str, Any]:
 
 
 def save(views: Iterable[ws.Workspace], page: wr.Report) -> list[str]:
-    """Makes new views and a new report on the server; returns their addresses.
+    """Make new views and a new report on the server; return their addresses.
 
     Raises:
         UserError: where the server refuses them.

@@ -20,7 +20,8 @@ MOST_PICTURE_BYTES = 30 * 2**20
 
 
 def pictures(runs: Iterable[Run], galleries: Iterable[Pictures]) -> list[Picture]:
-    """Of galleries, sanity checks, and the explanations of each run; as far as they have room."""
+    """Return the pictures of galleries, of sanity checks and of each run's explanations, as many as the page has room
+    for."""
     wanted = [entry for gallery in galleries for entry in _of_gallery(gallery)]
     wanted += [_of_run(run) for run in runs if (run.folder / "explanations.png").is_file()]
     room = MOST_PICTURE_BYTES
@@ -94,7 +95,7 @@ def _of_run(run: Run) -> Wanted:
 
 
 def _embedded(file: Path) -> tuple[str, int, int]:
-    """A picture as data URI, made smaller where it is wider than a page; its width and height."""
+    """Return a picture as data URI, made smaller where it is wider than a page, with its width and height."""
     with Image.open(file) as opened:
         picture = opened.convert("RGB")
     if picture.width > PICTURE_WIDTH:

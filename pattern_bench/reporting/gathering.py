@@ -47,7 +47,7 @@ class Conflict:
     replaced_mean: float
 
     def settings(self) -> list[str]:
-        """Those in which the two runs differ."""
+        """Return the settings, as dotted keys, in which the two runs differ."""
         return differing([self.kept.settings, self.replaced.settings])
 
 
@@ -63,7 +63,7 @@ class MissingJob:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What a report is made of.
+    """Results of many runs, laid together for a report.
 
     Args:
         runs: the complete ones, oldest first.
@@ -91,7 +91,7 @@ class Gathered:
 
 
 def gather(folders: Sequence[tuple[Path, str]]) -> Gathered:
-    """Everything at or below ``folders``, each with the name that it is called by.
+    """Read and lay together everything at or below ``folders``, each with the name that it is called by.
 
     Raises:
         UserError: where a folder is missing or holds nothing of ours, none holds a complete run, or files are damaged.
@@ -117,7 +117,7 @@ def gather(folders: Sequence[tuple[Path, str]]) -> Gathered:
 def latest(
     runs: Sequence[Run], table: str, key: list[str]
 ) -> tuple[pd.DataFrame, dict[Cell, Run], list[Conflict], dict[Cell, list[Run]]]:
-    """Lays one of the runs' tables together, cell by cell: the last run that has a cell, has it.
+    """Lay one of the runs' tables together, cell by cell: the last run that has a cell, has it.
 
     Returns:
         The rows of all cells; which run has which; where an earlier run has other numbers; and which runs have the
@@ -148,7 +148,7 @@ def latest(
 
 
 def _joined(tables: dict[Cell, pd.DataFrame], key: list[str]) -> pd.DataFrame:
-    """The rows of all cells below one another, the names in ``key`` as categories."""
+    """Return the rows of all cells below one another, the names in ``key`` as categories."""
     whole = pd.concat([rows.drop(columns=key) for rows in tables.values()], ignore_index=True)
     lengths = [len(rows) for rows in tables.values()]
     for place, column in enumerate(key):

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from pattern_bench.plotting.styles import GREY, PALETTE, legible
 from pattern_bench.reporting.plots import Plot
-from pattern_bench.results.labels import ESTIMATORS
+from pattern_bench.results import declared
 from pattern_bench.storage.atomic import write_file
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -24,7 +24,7 @@ LIGHT, DARK = "#ffffff", "#1b1e23"
 
 
 def write_page(path: Path, title: str, content: Mapping[str, Any]) -> None:
-    """Writes the page.
+    """Write the page.
 
     Args:
         path: HTML file.
@@ -36,8 +36,11 @@ def write_page(path: Path, title: str, content: Mapping[str, Any]) -> None:
 
 
 def render(title: str, content: Mapping[str, Any]) -> str:
-    """Whatever stands in ``content`` is text: it is escaped, and the page's policy runs and asks for nothing else than
-    what the template has."""
+    """Return the page as HTML.
+
+    Whatever stands in ``content`` is text: it is escaped, and the page's policy lets it run and load nothing else than
+    what the template has.
+    """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -58,7 +61,7 @@ def _hash(text: str) -> str:
 
 
 def _colours() -> str:
-    """Each colour of the figures, legible on both backgrounds."""
+    """Return a CSS rule for each colour of the figures, legible on both backgrounds."""
     return "".join(
         f".k{i} {{ --k: light-dark({legible(colour, LIGHT)}, {legible(colour, DARK)}) }}\n"
         for i, colour in enumerate(COLOURS)
@@ -66,21 +69,22 @@ def _colours() -> str:
 
 
 def _colour(colour: str) -> str:
-    """The class of a colour of the figures."""
+    """Return the CSS class of one of COLOURS."""
     return f"k{COLOURS.index(colour)}"
 
 
 def _estimator(name: str) -> str:
-    """A name that begins with an estimator's, as the paper writes it."""
+    """Return a name that begins with an estimator's as the paper writes it, with a subscript."""
     first, comma, rest = name.partition(", ")
-    short = ESTIMATORS.get(first, first)
-    if short not in ESTIMATORS.values():
+    labels = {known: facts.label for known, facts in declared.estimators().items()}
+    short = labels.get(first, first)
+    if short not in labels.values():
         return name
     letter, _, index = short.partition("_")
     return Markup("{}<sub>{}</sub>{}").format(letter, index.replace("-", "−"), comma + rest)
 
 
 def _points(plot: Plot) -> Markup:
-    """The figure's points as JSON that can stand in a script element."""
+    """Return the figure's points as JSON that can stand in a script element."""
     text = json.dumps([one.points for one in plot.series], ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))  # noqa: S704

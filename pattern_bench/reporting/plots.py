@@ -84,7 +84,7 @@ def dots(
     key: str, title: str, x_label: str, y_label: str, categories: Sequence[str],
     series: Mapping[Any, Sequence[Value]], styles: Mapping[Any, Style], least: tuple[float, float],
 ) -> Plot:  # fmt: skip
-    """Points with bars, side by side in each category.
+    """Place points with bars, side by side in each category.
 
     Args:
         key: the figure's id.
@@ -130,7 +130,7 @@ def curves(
     key: str, title: str, x_label: str, y_label: str, series: Mapping[Any, Sequence[Value]],
     styles: Mapping[Any, Style],
 ) -> Plot:  # fmt: skip
-    """Lines with bands; arguments as for :func:`dots`. A series without values is missing."""
+    """Place lines with bands; arguments as for :func:`dots`. A series without values is missing."""
     low, high = 0.0, 1.0
     last = max((v.at for values in series.values() for v in values), default=1.0) or 1.0
     drawn = []
@@ -170,7 +170,7 @@ def _short(value: float) -> float:
 
 
 def _ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """At round values: 1, 2 or 5 times a power of ten apart."""
+    """Return ticks at round values: 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
@@ -181,14 +181,14 @@ def _ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Bars of a small picture, 96 × 28, as the path of an SVG; and what is said of it."""
+    """Bars of a small picture, 96 × 28, as the path of an SVG; and a text for those who do not see it."""
 
     path: str
     text: str
 
 
 def histograms(values: np.ndarray, cells: np.ndarray, low: float, high: float) -> list[str]:
-    """The path of a histogram of each cell, all at once.
+    """Return the SVG path of a histogram of each cell, all at once.
 
     Args:
         values: (n,), of all cells.

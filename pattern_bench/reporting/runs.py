@@ -1,4 +1,4 @@
-"""Finds complete runs below folders, and reads them: each run once, wherever its files lie twice."""
+"""Complete runs below folders, found and read: each run once, wherever its files lie twice."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Found:
     begun: dict[Path, str] = field(default_factory=dict)
 
     def look(self, root: Path, name: str) -> None:
-        """Adds what is at or below ``root``, which is called ``name``.
+        """Add the runs and sweeps at or below ``root``, which is called ``name``.
 
         Raises:
             UserError: where it is no folder, holds nothing of ours, or cannot be read.
@@ -103,7 +103,7 @@ class Found:
             raise UserError(f"DIR={name} holds no complete run (none has a summary.json): run the job first")
 
     def knows(self, root: Path) -> bool:
-        """Whether anything is at or below ``root``, which may have been found already, from a folder above."""
+        """Return whether anything is at or below ``root``, which may have been found already, from a folder above."""
         known = [*self.sweeps, *self.begun, *(folder for folders in self.complete.values() for folder in folders)]
         return any(folder.is_relative_to(root.resolve()) for folder in known)
 
@@ -116,8 +116,8 @@ def _unreadable(error: OSError) -> NoReturn:
 
 
 def read_runs(found: Found) -> list[Run]:
-    """The complete runs of the job, oldest first. A run that is found twice, in its folder and in that of W&B, say, is
-    taken once: by the id in its summary, or where it has none, by what its files hold.
+    """Read the complete runs of the job, oldest first. A run that is found twice, in its folder and in that of W&B,
+    say, is taken once: by the id in its summary, or where it has none, by what its files hold.
 
     Raises:
         UserError: where a run's files are damaged.
@@ -139,7 +139,8 @@ def _content(folder: Path) -> str:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """
+    """Read the complete run in ``folder``, which messages call ``name``.
+
     Raises:
         UserError: where a file is missing or damaged.
     """
@@ -257,7 +258,7 @@ PICTURES: dict[str, dict[str, Callable[[Any], bool]]] = {
 
 
 def read_settings(file: Path) -> dict[str, str]:
-    """A run's configuration by dotted key; empty where there is no file.
+    """Return a run's configuration by dotted key; empty where there is no file.
 
     Raises:
         ValueError, yaml.YAMLError: where it is damaged.
@@ -285,7 +286,7 @@ def _flat(node: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def differing(settings: Iterable[dict[str, str]]) -> list[str]:
-    """Dotted keys that have not the same value in all of ``settings``, those that are not known left out."""
+    """Return the dotted keys that differ between ``settings``; configurations that are not known are left out."""
     known = [each for each in settings if each]
     keys = dict.fromkeys(key for each in known for key in each)
     return [key for key in keys if len({each.get(key) for each in known}) > 1]
@@ -319,7 +320,7 @@ def _table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def read_pictures(found: Found) -> list[Pictures]:
-    """The galleries and sanity checks.
+    """Read the galleries and sanity checks.
 
     Raises:
         UserError: where a summary is damaged.

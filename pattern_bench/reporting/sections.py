@@ -1,4 +1,4 @@
-"""What stands in the sections of a report's page."""
+"""The sections of a report's page: figures and tables, and the texts beside them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from pattern_bench.reporting.plots import Histogram, Value, curves, dots, histog
 from pattern_bench.reporting.runs import JOB, Pictures, Run, differing
 from pattern_bench.reporting.sweeps import command_of
 from pattern_bench.reporting.tables import MISSING, UNDEFINED, conflict_table, missing_table, overview
-from pattern_bench.results.labels import plain
-from pattern_bench.results.schema import of_same_neurons, ordered
+from pattern_bench.results.labels import ordered, plain
+from pattern_bench.results.schema import of_same_neurons
 
 NO_RHO = "no value: without a residual (S_x), or without a neuron that is live under all estimators, ρ is not defined"
 
@@ -38,6 +38,7 @@ NO_RHO = "no value: without a residual (S_x), or without a neuron that is live u
 
 
 def overview_table(found: Gathered) -> Table:
+    """Return the first table of the page: a row per model, data, criterion and estimator, with mean ρ and areas."""
     lines = overview(found)
     methods = sorted({method for line in lines for method in line.areas}, key=lambda m: (m.startswith("random"), m))
     columns = ["model", "data", "criterion", "estimator", "mean ρ", *(f"area, {plain(m)}" for m in methods),
@@ -102,7 +103,7 @@ def same_neurons(table: pd.DataFrame) -> str:
 
 
 def rho_figures(table: pd.DataFrame) -> list[Figure]:
-    """Fig. 3, a figure per panel, of :func:`pattern_bench.reporting.tables.rho_table`."""
+    """Return Fig. 3, a figure per panel, from the table of :func:`pattern_bench.reporting.tables.rho_table`."""
     figures = []
     for place, (panel, rows) in enumerate(table.groupby(PANEL, sort=False)):
         layers = list(dict.fromkeys(rows.layer))
@@ -157,7 +158,7 @@ def _rho_values(rows: pd.DataFrame, panel: Sequence[Any]) -> Table:
 
 
 def degradation_figures(found: Gathered) -> list[Figure]:
-    """Fig. 4a, a figure per model and data."""
+    """Return Fig. 4a, a figure per model and data."""
     figures = []
     panels = dict.fromkeys(curve[:2] for curve in [*found.curves, *found.missing_curves])
     for place, (model, data) in enumerate(panels):
@@ -202,8 +203,8 @@ def _curve_values(names: dict[Any, str], known: dict[Any, pd.DataFrame], where: 
 
 
 def distributions(rho: pd.DataFrame, table: pd.DataFrame) -> list[Distributions]:
-    """Histograms of ρ over the neurons of Fig. 3, a panel per model, data, criterion and probe; ``table`` is that of
-    Fig. 3."""
+    """Return histograms of ρ over the neurons of Fig. 3, a panel per model, data, criterion and probe; ``table`` is
+    that of Fig. 3."""
     compared = of_same_neurons(rho).dropna(subset=["rho"])
     live = {panel: rows for panel, rows in compared.groupby(PANEL, sort=False)}
     found = []
@@ -233,6 +234,7 @@ def distributions(rho: pd.DataFrame, table: pd.DataFrame) -> list[Distributions]
 
 
 def missing_tables(found: Gathered) -> list[Table]:
+    """Return tables of the jobs that are not complete, and of values that are missing in the figures."""
     table = missing_table(found)
     tables = []
     if found.missing_jobs:
@@ -248,6 +250,7 @@ def missing_tables(found: Gathered) -> list[Table]:
 
 
 def conflicts_table(found: Gathered) -> Table | None:
+    """Return the table of results that later runs replaced by other numbers; None where there are none."""
     if not found.conflicts:
         return None
     table = conflict_table(found.conflicts)
@@ -263,7 +266,7 @@ def conflicts_table(found: Gathered) -> Table | None:
 
 
 def settings_tables(runs: Sequence[Run]) -> list[Table]:
-    """Settings in which runs differ, a row per run; those they share; and versions."""
+    """Return tables of the settings in which runs differ, a row per run; of those that they share; and of versions."""
     tables = []
     keys = differing(run.settings for run in runs)
     if keys:
@@ -287,7 +290,7 @@ def settings_tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def reproductions(found: Gathered, report: str) -> list[Reproduction]:
-    """The commands behind each figure; ``report`` is the report's own."""
+    """Return the commands behind each figure; ``report`` is the report's own."""
     fig3 = [_command(found, JOB, run) for run in _unique(found.cells.values())]
     fig4a = [_command(found, JOB, run) for run in _unique(found.curves.values())]
     galleries = [_command(found, gallery.kind, gallery) for gallery in found.pictures]
@@ -313,7 +316,7 @@ def _command(found: Gathered, kind: str, run: Run | Pictures) -> str:
 
 
 def report_sections(found: Gathered, rho: pd.DataFrame, command: str) -> list[Section]:
-    """All of a report.
+    """Return all sections of a report, in the order of the page.
 
     Args:
         found: what was gathered.
@@ -360,7 +363,7 @@ SWEPT = ("estimator", "criterion", "method", "probe", "layer", "bootstrap", "exp
 
 
 def unlike(found: Gathered) -> Iterator[str]:
-    """Says where results that stand side by side come from runs with other settings, such as other images."""
+    """Say where results that stand side by side come from runs with other settings, such as other images."""
     by_panel: dict[tuple[str, str], list[Run]] = {}
     for (model, data, *_), run in [*found.cells.items(), *found.curves.items()]:
         by_panel.setdefault((model, data), []).append(run)
@@ -371,6 +374,7 @@ def unlike(found: Gathered) -> Iterator[str]:
 
 
 def missing_section(found: Gathered) -> Section:
+    """Return the section of what is missing, with the commands that run it."""
     tables = tuple(missing_tables(found))
     texts = [] if tables else ["Every job that was begun, or that a sweep was to have, is complete."]
     texts += [

@@ -1,4 +1,4 @@
-"""What Hydra wrote down beside the results: the command of a run, and the jobs that a sweep was to have."""
+"""Hydra's notes beside the results: the command of a run, and the jobs that a sweep was to have."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pattern_bench.configuration.location import CONF
 from pattern_bench.configuration.resumed_overrides import is_override, may_be_taken, quoted, shell_command
 from pattern_bench.errors import UserError
+from pattern_bench.results import declared
 from pattern_bench.results.complete_run import COMMANDS
 from pattern_bench.storage.untrusted import UNREADABLE, read_yaml
 
-WITH_PATTERNS = ("pattern_net", "pattern_attribution")
 MOST_JOBS = 100_000
 """Of a sweep: a range in somebody's folder can be as long as it likes."""
 # One of our own files, which says where a sweep's jobs run.
@@ -51,7 +51,7 @@ class Sweep:
 
 
 def read_sweep(folder: Path) -> Sweep | None:
-    """The sweep of which ``folder`` holds the ``multirun.yaml``; None where it is another program's.
+    """Return the sweep of which ``folder`` holds the ``multirun.yaml``; None where it is another program's.
 
     Raises:
         UserError: where the file is damaged.
@@ -74,7 +74,7 @@ def read_sweep(folder: Path) -> Sweep | None:
 
 
 def _jobs(arguments: list[str]) -> tuple[tuple[str, ...], ...]:
-    """As Hydra's own sweeper splits them."""
+    """Return the overrides of each job, as Hydra's own sweeper splits them."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()  # for glob(), which asks which choices there are
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
@@ -86,7 +86,7 @@ def _jobs(arguments: list[str]) -> tuple[tuple[str, ...], ...]:
 
 
 def read_overrides(folder: Path) -> tuple[str, ...] | None:
-    """The overrides of the run in ``folder``; None where Hydra did not start it.
+    """Return the overrides of the run in ``folder``; None where Hydra did not start it.
 
     Raises:
         UserError: where the file is damaged.
@@ -104,7 +104,7 @@ def read_overrides(folder: Path) -> tuple[str, ...] | None:
 
 
 def kind_of_run(folder: Path) -> str | None:
-    """Which of COMMANDS started the run in ``folder``, complete or not; None where none of them did."""
+    """Return which of COMMANDS started the run in ``folder``, complete or not; None where none of them did."""
     try:
         kind = read_yaml(folder / ".hydra" / "hydra.yaml")["hydra"]["job"]["name"]
     except UNREADABLE:
@@ -113,8 +113,8 @@ def kind_of_run(folder: Path) -> str | None:
 
 
 def command_of(kind: str, arguments: Sequence[str], sweep: Path | None = None) -> str:
-    """The command line that runs ``arguments``, which a folder gave; as the sweep in the folder ``sweep``, which runs
-    what it lacks. What no folder chooses stands behind it, as a comment."""
+    """Return the command line that runs ``arguments``, which a folder gave; as the sweep in the folder ``sweep``, which
+    runs what it lacks. What no folder chooses stands behind it, as a comment."""
     left_out = [text for text in arguments if not (_HARMLESS.fullmatch(text) or may_be_taken(text, swept=True))]
     arguments = [text for text in arguments if text not in left_out]
     if sweep is not None:
@@ -124,7 +124,7 @@ def command_of(kind: str, arguments: Sequence[str], sweep: Path | None = None) -
 
 
 def command_to_resume(kind: str, folder: Path) -> str:
-    """The command line that takes up the unfinished run in ``folder``."""
+    """Return the command line that takes up the unfinished run in ``folder``."""
     return shell_command(["python", "-m", _module(kind), f"resume={_quoted(folder)}"])
 
 
@@ -139,7 +139,8 @@ def _quoted(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Names:
-    """What the results of a job are called; ``layer`` is the setting, and ``estimator`` that of its patterns."""
+    """The names under which a job's results stand in tables; ``layer`` is the setting, and ``estimator`` that of its
+    patterns."""
 
     model: str
     data: str
@@ -152,7 +153,7 @@ class Names:
 
 
 def expected_names(overrides: Sequence[str]) -> Names | None:
-    """Of the job with these overrides, which is composed and not run, nor is anything imported that it names; None
+    """Return the names of a job's results from its overrides, which are composed and nothing of them imported; None
     where Hydra does not understand them, or cannot compose them. What no folder chooses is left out."""
     if not all(map(is_override, overrides)):
         return None
@@ -174,10 +175,13 @@ def expected_names(overrides: Sequence[str]) -> Names | None:
 
 
 def _curve(cfg: Any, estimator: str, method: str, layers: list[str]) -> tuple[str, str] | None:
-    if method in WITH_PATTERNS and layers != ["all"]:
+    with_patterns = method in (methods := declared.methods()) and methods[method].needs_patterns
+    if with_patterns and layers != ["all"]:
         return None
-    who = estimator if method in WITH_PATTERNS else "none"
-    if estimator == "x" and method == "pattern_attribution":
+    who = estimator if with_patterns else "none"
+    estimators = declared.estimators()
+    has_pattern = estimator not in estimators or estimators[estimator].has_pattern
+    if method == "pattern_attribution" and not has_pattern:
         method = "lrp_z"
     how: Mapping[str, Any] = cfg.degradation
     differs = ["least relevant first"] if how["order"] == "least" else []

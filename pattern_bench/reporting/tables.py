@@ -15,7 +15,8 @@ import pandas as pd
 
 from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, Cell, Conflict, Gathered
 from pattern_bench.reporting.runs import Run
-from pattern_bench.results.schema import as_cell, in_cells, of_same_neurons, ordered, standard_errors, write_csv
+from pattern_bench.results.labels import ordered
+from pattern_bench.results.schema import as_cell, in_cells, of_same_neurons, standard_errors, write_csv
 from pattern_bench.storage.atomic import write_file
 
 AREA = "area over the curve"
@@ -26,10 +27,10 @@ MISSING_COLUMNS = (*CELL, "method", "folder", "overrides", "command")
 
 
 def rho_table(rho: pd.DataFrame, bootstrap: pd.DataFrame, missing: Sequence[Cell] = ()) -> pd.DataFrame:
-    """Fig. 3 as a table: mean, median and quartiles of rho by layer and estimator, over the neurons that are live under
-    all estimators of the layer; with standard errors where images were drawn again, of mean and median over the
-    estimator's own live neurons, which is what runs keep of a resample; the status; and how many live neurons are left
-    out, since another estimator has no rho for them. A row of its own for each ``missing`` cell."""
+    """Return Fig. 3 as a table: mean, median and quartiles of rho by layer and estimator, over the neurons that are
+    live under all estimators of the layer; with standard errors where images were drawn again, of mean and median over
+    the estimator's own live neurons, which is what runs keep of a resample; the status; and how many live neurons are
+    left out, since another estimator has no rho for them. A row of its own for each ``missing`` cell."""
     groups = rho.groupby(CELL, sort=False)
     compared = of_same_neurons(rho).groupby(CELL, sort=False).rho
     quantiles: Any = compared.quantile(np.array([0.25, 0.5, 0.75])).unstack()
@@ -63,24 +64,25 @@ def rho_table(rho: pd.DataFrame, bootstrap: pd.DataFrame, missing: Sequence[Cell
 
 
 Intervals = dict[Cell, list[float]]
-"""Of the area over the curve, by model, data, estimator and method."""
+"""Ends of the interval of each area over the curve, by model, data, estimator and method."""
 
 
 def area_intervals(curves: dict[Cell, Run]) -> Intervals:
-    """95 % intervals of the curves, as the runs that have them say."""
+    """Return the 95 % intervals of the areas over the curves, as the runs wrote them."""
     known = {curve: run.summary.get("area_over_curve_interval", {}).get(curve[-1]) for curve, run in curves.items()}
     return {curve: ends for curve, ends in known.items() if ends is not None}
 
 
 def areas(degradation: pd.DataFrame) -> pd.Series:
-    """The area over each curve: the mean, over all steps, of how far the probability has fallen. By CURVE."""
+    """Return the area over each curve: the mean, over all steps, of how far the probability has fallen. By CURVE."""
     by_step = degradation.sort_values("step").groupby(CURVE, sort=False).probability_mean
     return by_step.first() - by_step.mean()
 
 
 def degradation_table(degradation: pd.DataFrame, intervals: Intervals, missing: Sequence[Cell] = ()) -> pd.DataFrame:
-    """Fig. 4a as a table: mean probability by step, a column per estimator (and method, where there are several);
-    the area over the curve last, after the ends of its 95 % interval. A ``missing`` curve has its column, too."""
+    """Return Fig. 4a as a table: mean probability by step, a column per estimator (and method, where there are
+    several); the area over the curve last, after the ends of its 95 % interval. A ``missing`` curve has its column,
+    too."""
     wide = degradation.pivot_table(
         index=["model", "data", "step"], columns=["estimator", "method"], values="probability_mean"
     )
@@ -113,7 +115,7 @@ def _title(estimator: str, method: str, several: bool) -> str:
 
 
 def shown_degradation(table: pd.DataFrame, missing: Sequence[Cell]) -> pd.DataFrame:
-    """The table of Fig. 4a with the word in the cells of ``missing`` curves."""
+    """Return the table of Fig. 4a with the word ``missing`` in the cells of ``missing`` curves."""
     shown = table.astype(object)
     for model, data, estimator, method in missing:
         rows = (table.model == model) & (table.data == data)
@@ -152,7 +154,7 @@ class Line:
 
 
 def overview(found: Gathered) -> list[Line]:
-    """The numbers that answer the question, a line per model, data, criterion, probe and estimator."""
+    """Return mean ρ, areas and accuracy: a line per model, data, criterion, probe and estimator."""
     by_curve, intervals = areas(found.degradation), area_intervals(found.curves)
     measured: dict[Cell, dict[str, tuple[float, float, float] | None]] = {}
     for curve in [*found.curves, *found.missing_curves]:
@@ -190,9 +192,9 @@ def overview(found: Gathered) -> list[Line]:
 
 
 def errors_over_layers(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> pd.Series:
-    """Standard errors over images of the mean over all neurons that have a rho, by PANEL and estimator: the spread over
-    resamples of the layers' means, each weighted with its number of such neurons. Only where all layers were drawn
-    again."""
+    """Return standard errors over images of the mean over all neurons that have a rho, by PANEL and estimator: the
+    spread over resamples of the layers' means, each weighted with its number of such neurons. Only where all layers
+    were drawn again."""
     live = rho.groupby(CELL).rho.count()
     drawn = bootstrap.groupby([*CELL, "resample"])["mean"].first().unstack()
     drawn = drawn.reindex(live.index[live > 0])
@@ -204,6 +206,7 @@ def errors_over_layers(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> pd.Series:
 
 
 def conflict_table(conflicts: Iterable[Conflict]) -> pd.DataFrame:
+    """Return a row per result that a later run replaced by another number, and the settings that differ."""
     rows = [
         {
             **conflict.where, "kept": conflict.kept.name, "replaced": conflict.replaced.name,
@@ -216,7 +219,8 @@ def conflict_table(conflicts: Iterable[Conflict]) -> pd.DataFrame:
 
 
 def missing_table(found: Gathered) -> pd.DataFrame:
-    """A row per missing job, cell and curve; a job's has its folder, overrides and command, the others their names."""
+    """Return a row per missing job, cell and curve; a job's has its folder, overrides and command, the others their
+    names."""
     rows: list[dict[str, Any]] = [
         {"folder": job.folder, "overrides": " ".join(job.overrides), "command": job.command}
         for job in found.missing_jobs
@@ -227,7 +231,7 @@ def missing_table(found: Gathered) -> pd.DataFrame:
 
 
 def in_markdown(text: str) -> str:
-    """As a cell of a Markdown table that says just this."""
+    """Return text as a cell of a Markdown table that shows just this."""
     return re.sub(r"([|<])", r"\\\1", _in_one_line(text))
 
 
@@ -236,7 +240,8 @@ def _in_one_line(text: str) -> str:
 
 
 def write_table(table: pd.DataFrame, stem: Path, shown: pd.DataFrame | None = None) -> None:
-    """CSV, Markdown and LaTeX; the latter two rounded to four places, and of ``shown`` where it is given."""
+    """Write a table as CSV, Markdown and LaTeX, the files ``stem`` with a suffix; the latter two rounded to four
+    places, and of ``shown`` where it is given."""
     write_csv(stem.with_suffix(".csv"), table)
     shown = table if shown is None else shown
     rounded = shown.map(lambda value: f"{value:.4f}" if isinstance(value, float) and value == value else value)

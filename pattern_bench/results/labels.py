@@ -1,17 +1,53 @@
-"""How estimators and methods are written for people."""
+"""How estimators and methods are written for people, and in which order. Imports no torch."""
 
 from __future__ import annotations
 
-ESTIMATORS = {"random": "random", "x": "S_x", "w": "S_w", "a": "S_a", "a_plus_minus": "S_a+-"}
-METHODS = {
-    "random_order": "random order", "pattern_net": "PatternNet", "pattern_attribution": "PatternAttribution",
-    "lrp_z": "LRP z-rule", "dtd_w2": "w²-rule", "gradient": "gradient", "deconvnet": "DeConvNet",
-    "guided_backprop": "Guided BackProp", "integrated_gradients": "Integrated Gradients", "smoothgrad": "SmoothGrad",
-    "occlusion": "occlusion", "prediction_difference": "prediction difference",
-}  # fmt: skip
+from collections.abc import Iterable
+
+from pattern_bench.results import declared
+
+RANDOM_ORDER = "random_order"
+"""The baseline of degradation curves, which no method makes."""
 
 
 def plain(name: str) -> str:
-    """An estimator's or a method's name in plain text; what comes after a comma stays."""
+    """Return an estimator's or a method's label in plain text; text after a comma stays, and so does an unknown name.
+
+    >>> plain("a_plus_minus"), plain("lrp_z, constant 0"), plain("mine")
+    ('S_a+-', 'LRP z-rule, constant 0', 'mine')
+    """
     first, *rest = name.split(",")
-    return ",".join([ESTIMATORS.get(first) or METHODS.get(first, first), *rest])
+    facts = declared.estimators().get(first) or declared.methods().get(first)
+    label = "random order" if first == RANDOM_ORDER else facts.label if facts else first
+    return ",".join([label, *rest])
+
+
+def formula(estimator: str) -> str:
+    """Return an estimator's label in figures, a formula between ``$`` where it has one.
+
+    >>> formula("a_plus_minus"), formula("random"), formula("mine")
+    ('$S_{a+-}$', 'random', 'mine')
+    """
+    facts = declared.estimators().get(estimator)
+    return facts.math_label if facts else estimator
+
+
+def ordered(estimators: Iterable[str]) -> list[str]:
+    """Return each name once: the suite's in the order of their ``place``, then others by name.
+
+    >>> ordered(["mine", "a", "x", "a"])
+    ['x', 'a', 'mine']
+    """
+    known = declared.estimators()
+    return sorted(set(estimators), key=lambda name: (known[name].place if name in known else 99, name))
+
+
+def method_place(method: str) -> tuple[int, str]:
+    """Return a key to sort methods by: the suite's in its order, then the random order, then others by name.
+
+    >>> sorted(["mine", "random_order", "gradient", "pattern_net"], key=method_place)
+    ['pattern_net', 'gradient', 'random_order', 'mine']
+    """
+    name = method.split(",")[0]
+    facts = declared.methods().get(name)
+    return (98 if name == RANDOM_ORDER else facts.place if facts else 99, method)

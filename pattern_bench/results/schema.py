@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,15 +32,9 @@ BOOTSTRAP_COLUMNS = (
     "model", "data", "layer", "layer_index", "estimator", "criterion", "probe", "resample", "mean", "median",
 )  # fmt: skip
 SPLIT_COLUMNS = ("split", "index", "name", "label", "used")
-ESTIMATORS = ("random", "x", "w", "a", "a_plus_minus")
 PACKAGES = (
     "pattern_bench", "torch", "torchvision", "pytorch-lightning", "hydra-core", "wandb", "numpy", "pandas",
 )  # fmt: skip
-
-
-def ordered(names: Iterable[str]) -> list[str]:
-    """The paper's estimators in the paper's order, then others by name."""
-    return sorted(set(names), key=lambda name: (ESTIMATORS.index(name) if name in ESTIMATORS else 99, name))
 
 
 # What a spreadsheet takes for a formula, at the start of a cell; after any apostrophes, so that they can be taken off.
@@ -49,18 +43,26 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]inf")
 
 
 def as_cell(name: str) -> str:
-    """``name`` as text for a table that a spreadsheet may open: an apostrophe stands before what would be read as a
-    formula there. :func:`from_cell` takes it off."""
+    """Return ``name`` as text for a table that a spreadsheet may open: an apostrophe stands before what would be read
+    as a formula there. :func:`from_cell` takes it off.
+
+    >>> as_cell("-1x1"), as_cell("features.0")
+    ("'-1x1", 'features.0')
+    """
     return f"'{name}" if _FORMULA.match(name) and not _NUMBER.fullmatch(name) else name
 
 
 def from_cell(text: str) -> str:
-    """The name that :func:`as_cell` wrote as ``text``."""
+    """Return the name that :func:`as_cell` wrote as ``text``.
+
+    >>> from_cell("'-1x1")
+    '-1x1'
+    """
     return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
 def in_cells(table: pd.DataFrame, written: Callable[[str], str] = as_cell) -> pd.DataFrame:
-    """``table`` with all text, that of its head too, as it is ``written``; numbers stay numbers."""
+    """Return ``table`` with all text, that of its head too, as it is ``written``; numbers stay numbers."""
     changed = {}
     for column in table.columns:
         if not pd.api.types.is_numeric_dtype(table[column]):
@@ -72,25 +74,34 @@ def in_cells(table: pd.DataFrame, written: Callable[[str], str] = as_cell) -> pd
 
 
 def write_csv(path: Path, table: pd.DataFrame, float_format: str | None = None) -> None:
-    """Names that a spreadsheet would read as formulas have an apostrophe before them, see :func:`as_cell`."""
+    """Write a table. Names that a spreadsheet would read as formulas get an apostrophe, see :func:`as_cell`."""
     write_file(path, lambda file: in_cells(table).to_csv(file, index=False, float_format=float_format))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file; NaN and infinite values are refused with a ValueError."""
     text = json.dumps(content, indent=2, allow_nan=False)
     write_file(path, lambda file: file.write_text(text + "\n"))
 
 
 def rho_rows(layer: str, index: int, rho: Tensor, dead: Tensor, common: Mapping[str, str]) -> pd.DataFrame:
-    """One row per neuron; a dead neuron has no rho."""
+    """Return one row of ``rho.csv`` per neuron of a layer; a dead neuron has no rho.
+
+    Args:
+        layer: name.
+        index: the layer's place in the network.
+        rho: (N,).
+        dead: (N,), bool.
+        common: the other names in RHO_COLUMNS.
+    """
     values = rho.double().cpu().masked_fill(dead.cpu(), float("nan")).numpy()
     table = pd.DataFrame({"neuron": range(len(values)), "rho": values, "dead": dead.cpu().numpy()})
     return table.assign(layer=layer, layer_index=index, **common)[list(RHO_COLUMNS)]
 
 
 def degradation_rows(curves: Mapping[str, Tensor], model: str, data: str, estimator: str) -> pd.DataFrame:
-    """One row per method and step. The random order does not depend on the estimator: ``none`` stands there, as it
-    does for methods that use no patterns."""
+    """Return one row of ``degradation.csv`` per method and step. The random order does not depend on the estimator:
+    ``none`` stands there, as it does for methods that use no patterns."""
     tables = []
     for method, curve in curves.items():
         table = pd.DataFrame(
@@ -108,8 +119,8 @@ def degradation_rows(curves: Mapping[str, Tensor], model: str, data: str, estima
 def area_rows(
     areas: Mapping[str, Tensor], images: Sequence[str], model: str, data: str, estimator: str
 ) -> pd.DataFrame:
-    """One row per method and image, from the areas (images,) over each method's curves: what methods can be compared
-    by, image by image."""
+    """Return one row of ``areas.csv`` per method and image, from the areas (images,) over each method's curves: what
+    methods can be compared by, image by image."""
     tables = [
         pd.DataFrame({"image": images, "area": area.numpy()}).assign(
             model=model, data=data, estimator=_whose(method, estimator), method=method
@@ -124,7 +135,7 @@ def _whose(method: str, estimator: str) -> str:
 
 
 def pattern_tensors(patterns: Mapping[str, Pattern]) -> dict[str, Tensor]:
-    """``LAYER/positive``, ``LAYER/negative`` and ``LAYER/dead`` for a safetensors file."""
+    """Return the tensors ``LAYER/positive``, ``LAYER/negative`` and ``LAYER/dead`` of ``patterns.safetensors``."""
     return {
         f"{layer}/{part}": getattr(pattern, part)
         for layer, pattern in patterns.items()
@@ -133,8 +144,8 @@ def pattern_tensors(patterns: Mapping[str, Pattern]) -> dict[str, Tensor]:
 
 
 def summarise_rho(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> dict[str, Any]:
-    """Mean, median and quartiles over the live neurons, of each layer and of all together; with the standard errors
-    of each layer's mean and median where images were drawn again (else ``bootstrap`` is empty)."""
+    """Return mean, median and quartiles over the live neurons, of each layer and of all together; with the standard
+    errors of each layer's mean and median where images were drawn again (else ``bootstrap`` is empty)."""
 
     def figures(table: pd.DataFrame) -> dict[str, Any]:
         live = table.rho.dropna()
@@ -197,7 +208,7 @@ def of_same_neurons(
 
 
 def standard_errors(bootstrap: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Spread over the resamples of each layer's ``mean`` and ``median``."""
+    """Return the spread over the resamples of each layer's ``mean`` and ``median``, by ``keys``."""
     return bootstrap.groupby(keys)[["mean", "median"]].std()
 
 
@@ -206,12 +217,13 @@ def _number(value: Any) -> float | None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that results depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def split_table(splits: Mapping[str, Split], unreadable: set[str]) -> pd.DataFrame:
-    """One row per image: its split, its index in its pool, its name and label, and whether it could be read."""
+    """Return one row of ``splits.csv`` per image: its split, its index in its pool, its name and label, and whether it
+    could be read."""
     tables = []
     for name, split in splits.items():
         pool, indices = split.pool, split.indices.tolist()

@@ -1,4 +1,4 @@
-"""What a job found, as a table in the terminal that reads like Fig. 3."""
+"""The results of a job in the terminal, as a table that reads like Fig. 3."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from pattern_bench.results.labels import plain
 
 
 def show(summary: Mapping[str, Any], console: Console) -> None:
-    """A row per layer: ρ(S) over its live neurons; below, accuracy and the area over the curve."""
+    """Print a row per layer, ρ(S) over its live neurons; below, accuracy and the area over the curve.
+
+    Args:
+        summary: the content of ``summary.json``.
+        console: where to.
+    """
     rho = summary["rho"]
     if rho["all"]["median"] is not None:
         console.print(_rho_table(summary))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pattern_bench as pb
-from pattern_bench import api
+from pattern_bench.api import networks as api
 from pattern_bench.core.snapshot import Snapshot
 
 X = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
