@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -22,7 +21,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from pattern_bench.configuration.checks import check_trainer
+from pattern_bench.configuration.checks import TRAINER, check_trainer
 from pattern_bench.core.rounding import float32_products
 from pattern_bench.errors import UserError
 from pattern_bench.processes.launch import number_from_outside
@@ -43,7 +42,7 @@ def make_trainer(settings: DictConfig, callbacks: list[pl.Callback], **more: Any
     _quiet_lightning()
     given: Mapping[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
     check_trainer(given)
-    given = {name: value for name, value in given.items() if name not in ("lost_after", "tf32")}  # see joined, rounding
+    given = {name: value for name, value in given.items() if name not in TRAINER}  # see joined, rounding
     own: dict[str, Any] = {"plugins": [_environment(), _WholeCheckpoints()], "strategy": "auto"}
     if number_from_outside() is not None:
         own["strategy"] = DDPStrategy(timeout=LONGEST_WAIT)
@@ -80,8 +79,7 @@ def rounding(run: Callable[[DictConfig, Path], R]) -> Callable[[DictConfig, Path
     @functools.wraps(run)
     def rounded(cfg: DictConfig, folder: Path) -> R:
         tf32 = cfg.trainer.get("tf32", False)
-        if not isinstance(tf32, bool):
-            raise UserError(f"trainer.tf32={tf32} is not possible: give true or false")
+        TRAINER["tf32"].check(tf32)
         with float32_products(tf32):
             return run(cfg, folder)
 
@@ -112,8 +110,7 @@ def _environment() -> Any:
 def joined(settings: DictConfig) -> Iterator[None]:
     """Within, the processes of the job, where it has several, can reach each other."""
     lost_after = settings.get("lost_after", 600)
-    if isinstance(lost_after, bool) or not isinstance(lost_after, int | float) or not 0 < lost_after < math.inf:
-        raise UserError(f"trainer.lost_after={lost_after} is not possible: give a number of seconds above 0")
+    TRAINER["lost_after"].check(lost_after)
     trainer = make_trainer(settings, [])
     if number_from_outside() is None:
         yield

@@ -6,7 +6,7 @@ which ``gallery.json`` holds as its scale, so that they fit float32), and in ``g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,16 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pattern_bench.configuration.build import build
+from pattern_bench.configuration.checks import check_gallery, check_one_process, names_shown
 from pattern_bench.core.estimators import Estimator
 from pattern_bench.engine.micro_batches import enough_memory
 from pattern_bench.engine.progress import StageProgress
 from pattern_bench.engine.trainer import rounding
 from pattern_bench.methods.base import kind_of
-from pattern_bench.pipeline.gallery_stages import DrawGallery, ExplainImages, Gallery, check_settings, draw_positions
+from pattern_bench.pipeline.gallery_stages import FIGURES, DrawGallery, ExplainImages, Gallery, draw_positions
 from pattern_bench.pipeline.job import check as check_job
 from pattern_bench.pipeline.machine import Machine
-from pattern_bench.pipeline.methods import (
-    JOB_ONLY,
-    check_methods,
-    methods_shown,
-    names_shown,
-    one_process,
-    refuse_unused,
-)
+from pattern_bench.pipeline.methods import check_methods, methods_shown
 from pattern_bench.pipeline.patterns import FitPatternsOfEstimators
 from pattern_bench.pipeline.record import Record, begin, recorded
 from pattern_bench.pipeline.setup import Setup, prepare
@@ -37,15 +31,6 @@ from pattern_bench.pipeline.stage import Done, Stage, run_stages
 from pattern_bench.results import schema
 
 SUMMARY = "gallery.json"
-
-
-def check_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
-    """
-    Raises:
-        UserError: where an override has no effect.
-    """
-    unused = (*JOB_ONLY, "estimator", "methods") if cfg.figure == "fig4b" else (*JOB_ONLY, "estimators")
-    refuse_unused(overrides, f"figure={cfg.figure}", unused)
 
 
 @enough_memory()
@@ -56,9 +41,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: for what the user can mend.
     """
-    one_process(cfg)
+    check_one_process(cfg.trainer)
     begun = begin(cfg, folder, SUMMARY)
-    check_settings(cfg)
+    check_gallery(cfg, FIGURES)
     progress = StageProgress(cfg.quiet)
     estimators, methods = _compared(cfg)
     with progress.run("prepare", "prepare data and model") as bar:
@@ -80,7 +65,7 @@ def _compared(cfg: DictConfig) -> tuple[dict[str, Estimator], dict[str, Any]]:
     """What the columns of the figure are: estimators (Fig. 4b), or methods still to be given their network."""
     if cfg.figure != "fig4b":
         return {}, methods_shown(cfg, ("one", "tens"))
-    names = names_shown(cfg, cfg.estimators, list(cfg.estimators))
+    names = names_shown(cfg.show, cfg.estimators, list(cfg.estimators))
     return {name: build(cfg.estimators[name]) for name in names}, {}
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from torchvision.models import SqueezeNet1_1_Weights
 
@@ -30,7 +29,7 @@ from pattern_bench.pipeline.setup import Setup
 from pattern_bench.pipeline.stage import Done, LeftOut, Result, Stage
 from pattern_bench.plotting import figures
 from pattern_bench.plotting.figures import Panel
-from pattern_bench.results.labels import plain
+from pattern_bench.results.labels import formula, plain
 
 FIGURES = ("fig1", "fig4b", "fig5")
 IMAGES = 6
@@ -40,23 +39,6 @@ TENSORS = "gallery.safetensors"
 
 
 # --- which images ---
-
-
-def check_settings(cfg: DictConfig) -> None:
-    """
-    Raises:
-        UserError: for a setting of the gallery's own that is not possible.
-    """
-    if cfg.figure not in FIGURES:
-        raise UserError(f"figure={cfg.figure} is unknown: choose from {', '.join(FIGURES)}")
-    if not (isinstance(cfg.percentile, int | float) and 0 < cfg.percentile <= 100):
-        raise UserError(f"percentile={cfg.percentile} is not possible: give more than 0, up to 100 (the maximum)")
-    used, other, least = ("images", "image", 1) if cfg.figure == "fig5" else ("image", "images", 0)
-    if cfg[other] is not None:
-        raise UserError(f"{other}={cfg[other]} has no effect on figure={cfg.figure}: give {used} instead")
-    value = cfg[used]
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-        raise UserError(f"{used}={value} is not possible: give a whole number of at least {least}, or null")
 
 
 def draw_positions(setup: Setup) -> list[int]:
@@ -187,7 +169,7 @@ def tasks(
     pattern_net, pattern_attribution = (build(setup.cfg.methods[n]) for n in ("pattern_net", "pattern_attribution"))
     for kind, method in (("signal", pattern_net), ("attribution", pattern_attribution)):
         for name, estimator in estimators.items():
-            key, title = f"{kind}/{name}", figures.LABELS.get(name, name)
+            key, title = f"{kind}/{name}", formula(name)
             if estimator.has_pattern:
                 listed.append(Task(key, title, method, patterns[name]))
             elif kind == "signal":

@@ -8,20 +8,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from pattern_bench.configuration.build import build
+from pattern_bench.configuration.checks import names_shown
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.engine.streams import fast_layout
-from pattern_bench.errors import UserError, did_you_mean
+from pattern_bench.errors import UserError
 from pattern_bench.methods.base import Method, create, kind_of
 from pattern_bench.pipeline.setup import Setup
-from pattern_bench.processes.launch import processes_per_node
-
-JOB_ONLY = ("criterion", "probe", "bootstrap", "explanation", "degradation", "layer", "method", "curve")
-"""Settings of the job that neither the gallery nor the sanity checks have a use for."""
-
 
 # --- one method ---
 
@@ -61,51 +57,12 @@ def reference_images(setup: Setup, device: torch.device, methods: Iterable[Any])
 # --- several, as of the gallery and the sanity checks ---
 
 
-def refuse_unused(overrides: Iterable[str], command: str, unused: Sequence[str] = JOB_ONLY) -> None:
-    """
-    Raises:
-        UserError: where an override sets something that has no effect on ``command``.
-    """
-    for override in overrides:
-        key = override.lstrip("+~").split("=")[0]
-        if key.split(".")[0] in unused:
-            raise UserError(f"{override} has no effect on {command}: leave it out")
-
-
-def one_process(cfg: DictConfig) -> None:
-    """
-    Raises:
-        UserError: where the settings ask for several processes, which the job has a use for and these commands not.
-    """
-    if processes_per_node(cfg.trainer) * cfg.trainer.get("num_nodes", 1) > 1:
-        raise UserError(
-            f"trainer.devices={cfg.trainer.devices}: this command runs in one process; give trainer.devices=1"
-        )
-
-
-def names_shown(cfg: DictConfig, choices: Mapping[str, Any], default: Sequence[str]) -> list[str]:
-    """What ``cfg.show`` names, in its order; ``default`` for null.
-
-    Raises:
-        UserError: where it names nothing, or what is not among ``choices``.
-    """
-    if cfg.show is None:
-        return list(default)
-    names = [str(name) for name in cfg.show] if isinstance(cfg.show, ListConfig) else [str(cfg.show)]
-    if not names:
-        raise UserError("show=[] shows nothing: name some, or give null for the default")
-    for name in names:
-        if name not in choices:
-            raise UserError(f"show={name} is unknown: {did_you_mean(name, choices)}")
-    return list(dict.fromkeys(names))
-
-
 def methods_shown(cfg: DictConfig, passes: Sequence[str]) -> dict[str, Any]:
     """The methods that are shown, by name, still to be given their network: those that ``cfg.show`` names, or else
     all that take so many ``passes``, as :attr:`Method.passes` says it."""
     built = {str(name): build(cfg.methods[name]) for name in cfg.methods}
     default = [name for name, method in built.items() if kind_of(method).passes in passes]
-    return {name: built[name] for name in names_shown(cfg, built, default)}
+    return {name: built[name] for name in names_shown(cfg.show, built, default)}
 
 
 def check_methods(setup: Setup, methods: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ leaves ``sanity.csv``, ``randomisation.png``, ``convergence.png`` and ``sanity.j
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pandas as pd
 from omegaconf import DictConfig
 from torch import Tensor
 
+from pattern_bench.configuration.checks import check_one_process, check_sanity
 from pattern_bench.data.splits import Split
 from pattern_bench.engine.micro_batches import enough_memory
 from pattern_bench.engine.progress import Bar, StageProgress
@@ -25,7 +26,7 @@ from pattern_bench.methods.base import kind_of
 from pattern_bench.pipeline.convergence import STARTS, CompareDirections, Convergence
 from pattern_bench.pipeline.job import check as check_job
 from pattern_bench.pipeline.machine import Machine
-from pattern_bench.pipeline.methods import check_methods, methods_shown, one_process, refuse_unused
+from pattern_bench.pipeline.methods import check_methods, methods_shown
 from pattern_bench.pipeline.patterns import FitPatternsOfEstimators
 from pattern_bench.pipeline.randomisation import Randomisation, RandomiseLayers
 from pattern_bench.pipeline.record import Record, begin, recorded
@@ -34,16 +35,9 @@ from pattern_bench.pipeline.setup import Setup, prepare
 from pattern_bench.pipeline.stage import Done, Result, Stage, run_stages
 from pattern_bench.plotting import figures
 from pattern_bench.results import schema
+from pattern_bench.results.labels import formula
 
 SUMMARY = "sanity.json"
-
-
-def check_overrides(overrides: Iterable[str]) -> None:
-    """
-    Raises:
-        UserError: where an override has no effect.
-    """
-    refuse_unused(overrides, "the sanity checks")
 
 
 @dataclass(frozen=True)
@@ -68,9 +62,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: for what the user can mend.
     """
-    one_process(cfg)
+    check_one_process(cfg.trainer)
     begun = begin(cfg, folder, SUMMARY)
-    check_settings(cfg)
+    check_sanity(cfg, STARTS)
     # All that need one pass back, unless others are named.
     methods = methods_shown(cfg, ("one",))
     progress = StageProgress(cfg.quiet)
@@ -88,19 +82,6 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     with recorded(cfg, folder, begun, "sanity", found_by) as record:
         done = run_stages(stages(setup, machine, checked), progress, record)
         return record.end(SUMMARY, summary(setup, checked, done, progress), "-".join([*names.values(), "sanity"]))
-
-
-def check_settings(cfg: DictConfig) -> None:
-    """
-    Raises:
-        UserError: for a setting of the sanity checks' own that is not possible.
-    """
-    for setting, least in (("images", 1), ("refit", 0), ("directions", 2)):
-        value = cfg[setting]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{setting}={value} is not possible: give a whole number of at least {least}")
-    if cfg.start not in STARTS:
-        raise UserError(f"start={cfg.start} is unknown: choose from {', '.join(STARTS)}")
 
 
 def _images(split: Split, count: int, setting: str) -> Tensor:
@@ -159,7 +140,7 @@ class LayTogether(Stage[SanityTable]):
         record.csv("sanity.csv", table)
         title = f"{setup.model_name} on {setup.source.name} (n = {len(self.checked.images)})"
         if self.checked.needs_patterns:
-            title += f", patterns {figures.LABELS.get(setup.estimator.name, setup.estimator.name)}"
+            title += f", patterns {formula(setup.estimator.name)}"
         refitted = " of the trained network" if self.checked.refit is None else " fitted again after each layer"
         for check, more, xlabel, ylabels in (
             ("randomisation", refitted if self.checked.needs_patterns else "",

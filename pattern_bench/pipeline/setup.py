@@ -6,7 +6,6 @@ Every setting is checked before long work starts.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pattern_bench.configuration.build import build
+from pattern_bench.configuration.checks import check_bootstrap, check_settings
 from pattern_bench.core import weight_digests
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.estimators import Estimator
@@ -28,14 +28,13 @@ from pattern_bench.core.probe_closed_form import CRITERIA
 from pattern_bench.data.base import Source
 from pattern_bench.data.splits import Split, Unreadable, make_splits
 from pattern_bench.engine.progress import Bar
-from pattern_bench.errors import UserError, did_you_mean
+from pattern_bench.errors import UserError
 from pattern_bench.methods.base import kind_of
 from pattern_bench.methods.patterns import LrpZ, PatternAttribution
 from pattern_bench.metrics.degradation import ORDERS, REPLACEMENTS
 from pattern_bench.models.base import ModelSource, fingerprint
 from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.train import check_trainable, train
-from pattern_bench.storage.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,9 @@ def prepare(cfg: DictConfig, machine: Machine, bar: Bar, check: Callable[[Setup]
     estimator: Estimator = build(cfg.estimator)
     model_source: ModelSource = build(cfg.model)
     source: Source = build(cfg.data).keeping_in(machine.cache)
-    _check_numbers(cfg)
+    check_settings(cfg, CRITERIA, ORDERS, REPLACEMENTS)
     splits: Mapping[str, Split] = make_splits(source, cfg.seed)
-    _check_bootstrap(cfg, machine.cache, splits)
+    check_bootstrap(cfg, min(len(split) for split in splits.values()), machine.cache.writable)
     splits = _transformed(splits, model_source.transform() or source.transform())
     if source.strict:
         _read_all(splits, bar)
@@ -219,52 +218,6 @@ def layer_setting(cfg: DictConfig) -> str | list[str]:
     return [str(name) for name in cfg.layer] if isinstance(cfg.layer, ListConfig) else str(cfg.layer)
 
 
-def _check_numbers(cfg: DictConfig) -> None:
-    smallest = {
-        "explanation.images": 1, "degradation.images": 1, "degradation.patch": 1, "degradation.steps": 1,
-        "data.batch_size": 1, "data.workers": 0, "data.limit": 1, "seed": 0, "probe.steps": 1, "probe.patience": 1,
-        "probe.neurons": 1, "bootstrap.resamples": 0, "bootstrap.chunks": 2, "data.data_seed": 0,
-    }  # fmt: skip
-    for setting, least in smallest.items():
-        value = OmegaConf.select(cfg, setting, default=least)  # a group that is not chosen has none
-        if value is None and setting != "data.data_seed":  # elsewhere it leaves the choice to the suite
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{setting}={value} is not possible: give a whole number of at least {least}")
-    if cfg.criterion not in CRITERIA:
-        raise UserError(f"criterion={cfg.criterion} is unknown: {did_you_mean(str(cfg.criterion), CRITERIA)}")
-    seconds = cfg.checkpoint.seconds
-    if isinstance(seconds, bool) or not isinstance(seconds, float | int) or not 0 <= seconds < math.inf:
-        raise UserError(f"checkpoint.seconds={seconds} is not possible: give a number, 0 for after every batch")
-    for setting in (
-        "probe.regularisation", "probe.learning_rate", "moments.memory_gib", "moments.positions", "data.fit",
-        "data.probe", "data.validation",
-    ):  # fmt: skip
-        value = OmegaConf.select(cfg, setting, default=1.0)
-        if not (isinstance(value, float | int) and 0 < value < math.inf):
-            raise UserError(f"{setting}={value} is not possible: give a positive number")
-    gib = cfg.cache.gib
-    if gib is not None and (isinstance(gib, bool) or not isinstance(gib, float | int) or not 0 < gib < math.inf):
-        raise UserError(f"cache.gib={gib} is not possible: give a positive number of GiB, or null for no bound")
-    if cfg.moments.positions > 1:
-        raise UserError(f"moments.positions={cfg.moments.positions} is no share: give up to 1.0, which is exact")
-    for setting, choices in (("order", ORDERS), ("replacement", REPLACEMENTS)):
-        value = str(cfg.degradation[setting])
-        if value not in choices:
-            raise UserError(f"degradation.{setting}={value} is unknown: choose from {', '.join(choices)}")
-    if isinstance(cfg.degradation.value, bool) or not isinstance(cfg.degradation.value, float | int):
-        raise UserError(f"degradation.value={cfg.degradation.value} is no number: give one, such as 0.0")
-    if cfg.seed >= 2**32:
-        raise UserError(f"seed={cfg.seed} is too large for NumPy's generator: give one below 2**32 = {2**32}")
-    if cfg.bootstrap.resamples == 1:
-        raise UserError("bootstrap.resamples=1 has no spread: give 0 for no bootstrap, or at least 2")
-    if cfg.bootstrap.resamples and cfg.probe.name == "sgd":
-        raise UserError(
-            "bootstrap.resamples needs the closed form, which the moments of chunks are enough for: give "
-            "probe=closed_form or probe=both, or bootstrap.resamples=0"
-        )
-
-
 def _check_finite(model: nn.Module, cfg: DictConfig) -> None:
     """
     Raises:
@@ -278,22 +231,6 @@ def _check_finite(model: nn.Module, cfg: DictConfig) -> None:
                 f"model.weights={cfg.model.get('weights')}: layer {layer} has NaN or Inf in {bad} of "
                 f"{tensor.numel()} values of its {part}: give other weights, or train with a smaller learning rate"
             )
-
-
-def _check_bootstrap(cfg: DictConfig, cache: Cache, splits: Mapping[str, Split]) -> None:
-    if not cfg.bootstrap.resamples:
-        return
-    fewest = min(len(split) for split in splits.values())
-    if cfg.bootstrap.chunks > fewest:
-        raise UserError(
-            f"bootstrap.chunks={cfg.bootstrap.chunks} is more than the {fewest} images of the smallest split: give "
-            "fewer chunks, or more images"
-        )
-    if not cache.writable:
-        raise UserError(
-            f"bootstrap.resamples keeps the moments of chunks in cache.dir={cfg.cache.dir}, which cannot be written: "
-            "choose another cache.dir"
-        )
 
 
 def _read_all(splits: Mapping[str, Split], bar: Bar) -> None:

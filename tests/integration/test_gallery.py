@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from pattern_bench.configuration.checks import check_gallery_overrides
 from pattern_bench.configuration.location import CONF
 from pattern_bench.errors import UserError
-from pattern_bench.pipeline.gallery import check_overrides, run
+from pattern_bench.pipeline.gallery import run
 
 SMALL = ["data.limit=300", "model.training.epochs=4"]
 
@@ -35,7 +36,7 @@ def draw(cache_dir, tmp_path):
     def start(*overrides, folder="gallery", small=SMALL):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("gallery", ["logger=none", f"cache.dir={cache_dir}", *small, *overrides])
-        check_overrides(cfg, overrides)
+        check_gallery_overrides(cfg, overrides)
         (tmp_path / folder).mkdir(exist_ok=True)
         run(cfg, tmp_path / folder)
         summary = json.loads((tmp_path / folder / "gallery.json").read_text())
