@@ -45,8 +45,9 @@ def plain_copy(model: nn.Module) -> nn.Module:
         UserError: where the network cannot be copied, is in training mode, was compiled by TorchScript, or lacks
             weights.
 
-    >>> plain_copy(torch.compile(nn.ReLU().eval()))
-    ReLU()
+    >>> model = nn.Linear(2, 1).eval()
+    >>> model.weight.requires_grad, plain_copy(model).weight.requires_grad
+    (True, False)
     """
     model = unwrapped(model)
     name = type(model).__name__

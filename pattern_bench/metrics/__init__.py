@@ -1,1 +1,4 @@
-"""What scores an explanation. Imports torch, numpy and scipy alone."""
+"""Measures of explanations: image degradation, similarity of heat maps, and agreement with a known truth.
+
+Each module has one kind of measure, as functions of tensors. README.md in this folder says how to add one.
+"""

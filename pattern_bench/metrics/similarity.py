@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pattern_bench.metrics.base import Similarity, similarity_measures
+
 SSIM_WINDOW = 7
 """Side of the window in pixels, that of scikit-image."""
 
@@ -94,7 +96,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def similarities(a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    """Return every measure of similarity of heat maps (B, H, W), by name, each (B,) float64.
+    """Return every :class:`~pattern_bench.metrics.base.Similarity` of heat maps (B, H, W), by name, each (B,) float64.
 
     NaN where one of the two maps is zero everywhere, as that of an output whose ReLU does not fire: there is nothing to
     compare.
@@ -103,15 +105,80 @@ def similarities(a: Tensor, b: Tensor) -> dict[str, Tensor]:
     >>> {name: round(value.item(), 6) for name, value in similarities(maps, 3 * maps).items()}
     {'spearman_signed': 1.0, 'spearman_absolute': 1.0, 'ssim': 1.0, 'cosine': 1.0}
     """
-    flat_a, flat_b = unit_scale(a).flatten(1), unit_scale(b).flatten(1)
+    flat_a, flat_b = _rows(a, b)
     empty = (flat_a == 0).all(1) | (flat_b == 0).all(1)
-    measures = {
-        "spearman_signed": spearman(flat_a, flat_b),
-        "spearman_absolute": spearman(flat_a.abs(), flat_b.abs()),
-        "ssim": ssim(a, b),
-        "cosine": cosine(flat_a, flat_b),
+    return {
+        name: measure().compare(a, b).masked_fill(empty, torch.nan) for name, measure in similarity_measures().items()
     }
-    return {name: values.masked_fill(empty, torch.nan) for name, values in measures.items()}
+
+
+def _rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return unit_scale(a).flatten(1), unit_scale(b).flatten(1)
+
+
+class SpearmanSigned(Similarity):
+    """:func:`spearman` of two heat maps.
+
+    >>> SpearmanSigned().compare(torch.tensor([[[1.0, -2.0]]]), torch.tensor([[[-1.0, 2.0]]])).round().item()
+    -1.0
+    """
+
+    name = "spearman_signed"
+    title = "Spearman's ρ of heat maps"
+    place = 1
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the rank correlation of each pair of (B, H, W), (B,) float64."""
+        return spearman(*_rows(a, b))
+
+
+class SpearmanAbsolute(Similarity):
+    """:func:`spearman` of two heat maps without their signs.
+
+    >>> SpearmanAbsolute().compare(torch.tensor([[[1.0, -2.0]]]), torch.tensor([[[-1.0, 2.0]]])).round().item()
+    1.0
+    """
+
+    name = "spearman_absolute"
+    title = "Spearman's ρ of |heat maps|"
+    place = 2
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the rank correlation of each pair of (B, H, W), (B,) float64."""
+        a, b = _rows(a, b)
+        return spearman(a.abs(), b.abs())
+
+
+class StructuralSimilarity(Similarity):
+    """:func:`ssim` of two heat maps.
+
+    >>> StructuralSimilarity().compare(torch.ones(1, 3, 3), torch.ones(1, 3, 3)).item()
+    1.0
+    """
+
+    name = "ssim"
+    title = "SSIM of heat maps"
+    place = 3
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the structural similarity of each pair of (B, H, W), (B,) float64."""
+        return ssim(a, b)
+
+
+class Cosine(Similarity):
+    """:func:`cosine` of two heat maps.
+
+    >>> Cosine().compare(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])).item()
+    0.0
+    """
+
+    name = "cosine"
+    title = "cosine of heat maps"
+    place = 4
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the cosine of each pair of (B, H, W), (B,) float64."""
+        return cosine(*_rows(a, b))
 
 
 def convergence(vectors: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pattern_bench.core.estimators import Pattern
+from pattern_bench.metrics.base import similarity_measures
 from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.methods import Explainer, reference_images
 from pattern_bench.pipeline.patterns import PatternsByEstimator
@@ -18,10 +19,7 @@ from pattern_bench.pipeline.stage import Done, LeftOut, Result
 COLUMNS = (
     "model", "data", "estimator", "method", "check", "layer", "layer_index", "measure", "mean", "std", "n",
 )  # fmt: skip
-MEASURES = {
-    "spearman_signed": "Spearman's ρ of heat maps", "spearman_absolute": "Spearman's ρ of |heat maps|",
-    "ssim": "SSIM of heat maps", "cosine": "cosine of heat maps",
-}  # fmt: skip
+MEASURES = {name: measure.title for name, measure in similarity_measures().items()}
 """Of how alike two heat maps are, and what figures call them."""
 
 

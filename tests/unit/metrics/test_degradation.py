@@ -59,7 +59,7 @@ def test_patches_are_replaced_by_their_mean_per_channel_and_the_input_is_kept():
     assert torch.equal(images, before)
 
 
-def test_random_orders_are_permutations_that_follow_the_seed():
+def test_random_ranks_are_permutations_that_follow_the_seed():
     first, again, other = (random_patch_order(3, (4, 5), torch.Generator().manual_seed(s)) for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
