@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def classes_by_name(base: type[T], package: str) -> dict[str, type[T]]:
-    """Import every module of a package, and collect the subclasses of ``base`` that are defined there.
+    """Import every module that lies in a package, and collect the subclasses of ``base`` that are defined there.
 
     Args:
         base: what they extend. A class with a ``name`` in its own body counts; one without is a base of others.

@@ -64,6 +64,8 @@ class Method:
     """``function``, ``signal`` or ``attribution``: what the explanation shows."""
     needs_patterns: ClassVar[bool] = False
     """Whether its ``__init__`` takes ``patterns``, by layer."""
+    without_patterns: ClassVar[str] = ""
+    """Name of the method that takes its place under an estimator without patterns, S_x; none: it is refused there."""
     takes_reference: ClassVar[bool] = False
     """Whether its ``__init__`` takes ``reference``, (R, ...) other images."""
     passes: ClassVar[Literal["one", "tens", "hundreds"]] = "one"

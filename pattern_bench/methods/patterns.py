@@ -225,6 +225,7 @@ class PatternAttribution(_PatternMethod):
     label = "PatternAttribution"
     panel = "attribution"
     place = 2
+    without_patterns = "lrp_z"
     kind = "attribution"
 
     @staticmethod

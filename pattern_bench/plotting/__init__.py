@@ -1,1 +1,1 @@
-"""Pictures, and the colours in them."""
+"""Pictures, and the colours in them: one function per figure."""

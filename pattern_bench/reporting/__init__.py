@@ -1,1 +1,1 @@
-"""What ``python -m pattern_bench.report`` is made of: runs are found, laid together, and shown."""
+"""Reports, comparisons and dashboards of many runs: found, laid together, and shown."""

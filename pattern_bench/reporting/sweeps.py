@@ -175,14 +175,14 @@ def expected_names(overrides: Sequence[str]) -> Names | None:
 
 
 def _curve(cfg: Any, estimator: str, method: str, layers: list[str]) -> tuple[str, str] | None:
-    with_patterns = method in (methods := declared.methods()) and methods[method].needs_patterns
-    if with_patterns and layers != ["all"]:
-        return None
-    who = estimator if with_patterns else "none"
-    estimators = declared.estimators()
-    has_pattern = estimator not in estimators or estimators[estimator].has_pattern
-    if method == "pattern_attribution" and not has_pattern:
-        method = "lrp_z"
+    facts, fitted = declared.methods().get(method), declared.estimators().get(estimator)
+    who = "none"
+    if facts and facts.needs_patterns:
+        if layers != ["all"]:
+            return None
+        who = estimator
+        if fitted and not fitted.has_pattern:
+            method = facts.without_patterns or method
     how: Mapping[str, Any] = cfg.degradation
     differs = ["least relevant first"] if how["order"] == "least" else []
     if how["replacement"] != "mean":

@@ -1,1 +1,1 @@
-"""What a run leaves: columns and keys of its files, and how results are written for people."""
+"""The files of a run, their columns and keys; and how estimators and methods are written for people."""

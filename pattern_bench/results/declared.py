@@ -27,6 +27,7 @@ class Facts:
     colour: str | None = None
     has_pattern: bool = True
     needs_patterns: bool = False
+    without_patterns: str = ""
 
 
 @functools.cache

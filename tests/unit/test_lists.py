@@ -36,14 +36,16 @@ def swept(name, parameter):
 @pytest.mark.parametrize(("group", "kinds"), [("estimator", ESTIMATORS), ("method", METHODS)])
 def test_every_class_has_a_settings_file_of_its_name(group, kinds):
     named = {file.stem: read(file)["_target_"] for file in (CONF / group).glob("*.yaml")}
-    assert named == {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in kinds.items()}
+    right = {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in kinds.items()}
+    assert named == right, f"a file in conf/{group} for each"
 
 
 def test_the_gallery_and_the_sanity_checks_know_every_method_and_estimator():
     every = {name: name for name in METHODS}
-    assert placed("gallery", "method") == every
-    assert placed("sanity", "method") == every
-    assert placed("gallery", "estimator") == {name: name for name in ESTIMATORS}
+    assert placed("gallery", "method") == every, "conf/gallery.yaml: method@methods.NAME: NAME for each"
+    assert placed("sanity", "method") == every, "conf/sanity.yaml: method@methods.NAME: NAME for each"
+    every = {name: name for name in ESTIMATORS}
+    assert placed("gallery", "estimator") == every, "conf/gallery.yaml: estimator@estimators.NAME: NAME for each"
 
 
 def test_every_curve_has_a_settings_file():
@@ -52,13 +54,13 @@ def test_every_curve_has_a_settings_file():
         chosen = {key: value for line in read(file)["defaults"] for key, value in line.items()}
         found[file.stem] = (chosen.pop("override /estimator"), chosen.pop("override /method"))
         assert not chosen
-    assert found == methods.curves()
+    assert found == methods.curves(), "a file in conf/curve for each"
 
 
 def test_both_sweeps_of_curves_have_them_all():
     ours, theirs = swept("fig4a", "curve")
-    assert ours == theirs
-    assert sorted(ours) == sorted(methods.curves())
+    assert ours == theirs, "conf/sweep/fig4a.yaml and sweeps/fig4a.yaml"
+    assert sorted(ours) == sorted(methods.curves()), "conf/sweep/fig4a.yaml and sweeps/fig4a.yaml"
 
 
 def test_a_method_is_in_the_sweep_of_curves_or_says_why_not():
@@ -71,7 +73,7 @@ def test_a_method_is_in_the_sweep_of_curves_or_says_why_not():
     ("sweep", "names"), [("fig3", list(ESTIMATORS)), ("criteria", WITH_PATTERN), ("sanity", WITH_PATTERN)]
 )
 def test_both_sweeps_over_estimators_have_them_all(sweep, names):
-    assert swept(sweep, "estimator") == (names, names)
+    assert swept(sweep, "estimator") == (names, names), f"conf/sweep/{sweep}.yaml and sweeps/{sweep}.yaml"
 
 
 def test_the_sweep_of_sanity_checks_shows_the_methods_with_patterns():
