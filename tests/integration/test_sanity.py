@@ -251,6 +251,7 @@ def test_mistakes_are_found_before_long_work(check, monkeypatch, overrides, mess
         check(*overrides)
 
 
+@pytest.mark.slow
 def test_the_command_gives_one_message(command):
     done = command("probe=sgd", module="pattern_bench.sanity")
     assert done.returncode == 1

@@ -78,6 +78,7 @@ def interrupted(configure, tmp_path, monkeypatch):
     return start
 
 
+@pytest.mark.slow
 def test_every_kept_state_of_every_stage_leads_to_the_same_results(interrupted, run_job, tmp_path):
     """One run, cut short after each state that it keeps and taken up again, until it is through."""
     job = [*SMALL, "probe=both", "probe.steps=30"]
@@ -95,6 +96,7 @@ def test_every_kept_state_of_every_stage_leads_to_the_same_results(interrupted, 
     assert json.loads((folder / "summary.json").read_text())["rho"]["all"]["neurons"] == 170
 
 
+@pytest.mark.slow
 def test_a_slow_method_is_resumed_image_by_image(interrupted, run_job, tmp_path):
     job = [*SMALL, "method=occlusion", "degradation.images=4", "layer=features.0"]
     undisturbed = run_job(*job)
@@ -105,6 +107,7 @@ def test_a_slow_method_is_resumed_image_by_image(interrupted, run_job, tmp_path)
     assert same(undisturbed, folder) == []
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_its_last_epoch(configure, run_job, tmp_path, monkeypatch):
     """Dropout and the order of images are those of the epoch, whoever begins it."""
     job = ["data.limit=300", "model.training.epochs=5", "degradation.images=4", "seed=11"]
@@ -251,8 +254,8 @@ def kill_and_resume(command_line, environment, folder, kills, draw, longest):
 @pytest.mark.parametrize(
     ("runs", "job"),
     [
-        pytest.param(1, ["data.limit=600", "model.training.epochs=8"], id="one"),
-        pytest.param(20, [], id="twenty", marks=pytest.mark.slow),
+        pytest.param(1, ["data.limit=600", "model.training.epochs=8"], id="one", marks=pytest.mark.slow),
+        pytest.param(20, [], id="twenty", marks=pytest.mark.very_slow),
     ],
 )
 def test_runs_killed_at_random_moments_equal_an_undisturbed_one(tmp_path, runs, job):
@@ -281,6 +284,7 @@ def test_runs_killed_at_random_moments_equal_an_undisturbed_one(tmp_path, runs, 
         assert not [path for path in folder.iterdir() if path.name.startswith(".") and path.name != ".hydra"]
 
 
+@pytest.mark.slow
 def test_resume_takes_up_the_settings_of_the_folder(command, tmp_path, cache_dir):
     folder = tmp_path / "a run, with = signs"
     python = [
