@@ -17,48 +17,11 @@ import torch
 from helpers.paths import TESTS
 from safetensors.torch import load_file
 
-from pattern_bench.configuration.build import build
-from pattern_bench.data.splits import GlobalBatches, joined, make_splits
 from pattern_bench.errors import UserError
-from pattern_bench.processes.launch import launch, processes_per_node
+from pattern_bench.processes.launch import launch
 
 FEW = ["logger=none", "data.limit=300", "degradation.images=12", "data.batch_size=32"]
 SMALL = [*FEW, "model.training.epochs=4"]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("batch_size", [1, 32, 256, 5000])
-@pytest.mark.parametrize("sequential", [False, True])
-def test_every_image_is_one_processes_and_only_ones(configure, size, batch_size, sequential):
-    splits = make_splits(build(configure("data=digits").data), 0)
-    split = joined(joined(splits["fit"], splits["probe"]), splits["validation"])
-    split.pool.sequential = sequential
-    shares = [split.share(batch_size, rank, size) for rank in range(size)]
-    assert sorted(torch.cat(shares).tolist()) == list(range(1797))
-    alone = split.share(batch_size).split(batch_size)
-    together = [batch for share in shares for batch in share.split(batch_size) if len(batch)]
-    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
-    counts = [-(-len(share) // batch_size) for share in shares]
-    assert max(counts) - min(counts) <= 1
-    if sequential:
-        assert split.indices[torch.cat(shares)].tolist() == list(range(1797))
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("most", [None, 4])
-def test_processes_share_the_very_batches_of_one(size, most):
-    alone = GlobalBatches(103, 10, 5, most=most)
-    parts = [GlobalBatches(103, 10, 5, rank, size, most) for rank in range(size)]
-    met = []
-    for number in range(6):
-        for batches in (alone, *parts):
-            batches.set_epoch(number)
-        for whole, *shares in zip(alone, *parts, strict=True):
-            assert [position for share in shares for position in share] == whole
-            met += whole
-    passes = [met[i : i + 103] for i in range(0, len(met) - 102, 103)]
-    assert all(sorted(seen) == list(range(103)) for seen in passes)
-    assert passes[0] != passes[1]
 
 
 def read(folder):
@@ -281,10 +244,3 @@ def test_mistakes_in_the_trainers_settings_get_one_message(command, overrides, m
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_devices_are_counted_as_lightning_counts_them():
-    assert processes_per_node({"accelerator": "gpu", "devices": [0, 2, 3]}) == 3
-    assert processes_per_node({"accelerator": "cpu", "devices": "auto"}) == 1
-    with pytest.raises(UserError, match=r"trainer.devices=True"):
-        processes_per_node({"devices": True})

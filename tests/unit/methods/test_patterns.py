@@ -1,5 +1,5 @@
-"""Methods of patterns and relevance: in one layer, in what they add up to, at their last layer, and the w²-rule at padded
-borders: against zennit, by hand, by its sum, and beside PatternAttribution with S_w."""
+"""Methods of patterns and relevance: in one layer, in what they add up to, and at their last layer; and the w²-rule at
+padded borders: against zennit, by hand, by its sum, and beside PatternAttribution with S_w."""
 
 import copy
 import itertools
