@@ -18,12 +18,16 @@ from hydra import compose, initialize_config_dir
 from pattern_bench.configuration.location import CONF
 
 os.environ["WANDB_MODE"] = "offline"
+# Many tests run side by side: one thread for each, and for each job that it starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 LONGEST = [
-    "processes", "sweeps", "signals", "job", "resume", "tracking", "reading", "devices", "launchers", "gallery",
-    "faults", "wheel", "dashboard",
+    "processes", "sweeps", "job", "faults", "resume", "signals", "devices", "tracking", "launchers", "determinism",
+    "probe_sgd", "fuzz", "wheel", "dashboard", "experiments", "fig2_and_scaling", "terminal", "reach", "gallery",
+    "canonical", "half_precision",
 ]  # fmt: skip
-"""Files that take a minute or more: first, so that no process is left alone with one at the end."""
+"""Modules that take longest: first, so that no process is left alone with one at the end."""
 
 
 def pytest_collection_modifyitems(items):
@@ -64,19 +68,29 @@ def run_job(configure, tmp_path):
     return start
 
 
-@pytest.fixture
-def command(cache_dir, tmp_path):
-    """Runs ``python -m MODULE ARGUMENTS`` as a user does, in an empty folder."""
+@pytest.fixture(scope="session")
+def command_in(cache_dir):
+    """Runs ``python -m MODULE ARGUMENTS`` as a user does, in a folder."""
 
-    def start(*arguments, module="pattern_bench", cwd=tmp_path):
+    def start(folder, *arguments, module="pattern_bench"):
         path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {
             **os.environ, "PATTERN_BENCH_CACHE": str(cache_dir), "WANDB_MODE": "offline", "PYTHONPATH": path,
         }  # fmt: skip
         return subprocess.run(
             [sys.executable, "-m", module, *map(str, arguments)],
-            cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
         )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture
+def command(command_in, tmp_path):
+    """Runs ``python -m MODULE ARGUMENTS`` as a user does, in an empty folder unless ``cwd`` says another."""
+
+    def start(*arguments, module="pattern_bench", cwd=tmp_path):
+        return command_in(cwd, *arguments, module=module)
 
     return start
 

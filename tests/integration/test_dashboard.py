@@ -173,6 +173,7 @@ def test_the_keys_are_those_of_a_run_of_the_job(run_job, monkeypatch, written):
     assert "figures/explanations" in set(galleries.media_keys) & logged
 
 
+@pytest.mark.slow
 def test_with_a_key_views_and_report_are_saved_and_their_addresses_told(runs, tmp_path):
     with serving(recorded("wandb_project")) as (environment, asked):
         done = dashboard(runs, tmp_path, environment)
@@ -195,6 +196,7 @@ def dashboard(runs, folder, environment):
     return python(["-m", "pattern_bench.dashboard", *arguments], folder, environment)
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_is_one_message_and_the_file_is_there(runs, tmp_path):
     answers = recorded("wandb_project") | {"status": 403}
     with serving(answers) as (environment, _):
@@ -226,6 +228,7 @@ def test_mistakes_are_one_message(runs, tmp_path, capsys):
             main([str(folder), *where, str(tmp_path / output)])
 
 
+@pytest.mark.slow
 def test_without_the_package_it_names_the_extra(runs, tmp_path):
     hidden = (
         "import sys; sys.modules['wandb_workspaces'] = None; from pattern_bench.commands.dashboard import main; main()"

@@ -321,6 +321,7 @@ def test_where_the_truth_is_known_rho_is_of_the_same_neurons():
 # --- as a reader runs them ---
 
 
+@pytest.mark.slow
 def test_a_sweep_of_an_experiment_runs_and_is_left_alone_when_it_is_complete(cache_dir, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PATTERN_BENCH_CACHE", str(cache_dir))
     settings = ["data.limit=200", "model.training.epochs=1", *fig3.NOTHING_ELSE, "estimator=w,a", "criterion=all"]

@@ -5,6 +5,7 @@ import pytest
 from helpers.paths import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "experiments").is_dir(), reason="experiments are not part of the source distribution")
 def test_the_quick_run_scores_every_method(command, tmp_path):
     page = (ROOT / "experiments/ground_truth/README.md").read_text()

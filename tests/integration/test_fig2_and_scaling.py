@@ -14,6 +14,7 @@ def _importable(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
 
 
+@pytest.mark.slow
 def test_every_method_but_two_is_wrong_by_the_angle_that_theory_says(command, tmp_path):
     done = command("--quick", "--runs", tmp_path, module="experiments.fig2_linear", cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -29,6 +30,7 @@ def test_every_method_but_two_is_wrong_by_the_angle_that_theory_says(command, tm
     assert (tmp_path / "fig2_linear" / "fig2.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_scaling_measures_and_draws_without_any_files(command, tmp_path):
     done = command("--quick", "--runs", tmp_path, module="experiments.scaling", cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -45,6 +45,7 @@ def draw(cache_dir, tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_fig5_shows_every_cheap_method_for_random_validation_images(draw):
     folder, summary, tensors = draw("images=3", "seed=1")
     assert {path.name for path in folder.iterdir()} == {
@@ -150,6 +151,7 @@ def test_mistakes_are_found_before_long_work(draw, monkeypatch, overrides, messa
         draw(*overrides)
 
 
+@pytest.mark.slow
 def test_the_command_draws_or_gives_one_message(command, tmp_path):
     done = command("figure=fig1", "logger=none", *SMALL, module="pattern_bench.gallery")
     assert done.returncode == 0, done.stderr

@@ -81,6 +81,7 @@ def test_the_default_job_through_the_command_line(command, tmp_path):
     assert (next((folder / "wandb").glob("offline-run-*"))).is_dir()
 
 
+@pytest.mark.slow
 def test_a_sweep_and_its_report(command, tmp_path):
     done = command("-m", "estimator=random,x,w,a,a_plus_minus", "logger=none", "seed=3", *SMALL)
     assert done.returncode == 0, done.stderr
@@ -213,6 +214,7 @@ def test_a_method_without_patterns_explains_with_some_layers(run_job):
     assert read(folder)["skipped"] == {}
 
 
+@pytest.mark.slow
 def test_the_toy_example_finds_the_signal(run_job):
     toy = ["data=toy", "data.samples=50000", "model.training.epochs=3"]
     angles = {name: read(run_job(*toy, f"estimator={name}"))["signal_angle_degrees"] for name in ("a", "w")}
@@ -221,6 +223,7 @@ def test_the_toy_example_finds_the_signal(run_job):
     assert angles["a"]["filter"] == pytest.approx(45, abs=2)
 
 
+@pytest.mark.slow
 def test_photographs_through_a_torchvision_model(run_job, photographs, tmp_path):
     """A labelled folder with more classes than the model has outputs, one file cut short."""
     root = photographs(tmp_path / "images", count=30)
@@ -242,6 +245,7 @@ def test_photographs_through_a_torchvision_model(run_job, photographs, tmp_path)
     assert read(again)["unreadable"] == summary["unreadable"]
 
 
+@pytest.mark.slow
 def test_conv_layers_alone_skip_what_needs_a_classifier(run_job, photographs, tmp_path):
     root = photographs(tmp_path / "images", classes=0)
     folder = run_job(
@@ -292,6 +296,7 @@ def test_mistakes_on_the_command_line_get_one_message(command, overrides, messag
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_users_mistake_inside_the_job_shows_no_traceback(command):
     done = command("layer=features.9", "logger=none")
     assert done.returncode == 1
@@ -363,6 +368,7 @@ def test_a_later_run_replaces_an_earlier_one_in_the_report(run_job, tmp_path, ca
     assert not torch.isnan(torch.tensor(table["mean"])).any()
 
 
+@pytest.mark.slow
 def test_images_drawn_again_give_standard_errors(run_job, tmp_path):
     """The chunks add up to the run without them; the errors are the resamples' spread, in figure and report too."""
     few = [*SMALL, "layer=features.*", "estimator=w"]

@@ -47,8 +47,8 @@ def cluster():
 
 @pytest.fixture(
     params=[
-        "joblib",
-        "submitit_local",
+        pytest.param("joblib", marks=pytest.mark.slow),
+        pytest.param("submitit_local", marks=pytest.mark.slow),
         pytest.param("submitit_slurm", marks=pytest.mark.slurm),
         pytest.param("ray", marks=pytest.mark.ray),
     ]

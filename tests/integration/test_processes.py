@@ -1,5 +1,6 @@
 """Jobs of several processes: the same results, one folder, nothing left behind."""
 
+import functools
 import json
 import os
 import signal
@@ -16,89 +17,63 @@ import torch
 from helpers.paths import TESTS
 from safetensors.torch import load_file
 
-from pattern_bench.configuration.build import build
-from pattern_bench.data.splits import GlobalBatches, joined, make_splits
 from pattern_bench.errors import UserError
-from pattern_bench.processes.launch import launch, processes_per_node
+from pattern_bench.processes.launch import launch
 
 FEW = ["logger=none", "data.limit=300", "degradation.images=12", "data.batch_size=32"]
 SMALL = [*FEW, "model.training.epochs=4"]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("batch_size", [1, 32, 256, 5000])
-@pytest.mark.parametrize("sequential", [False, True])
-def test_every_image_is_one_processes_and_only_ones(configure, size, batch_size, sequential):
-    splits = make_splits(build(configure("data=digits").data), 0)
-    split = joined(joined(splits["fit"], splits["probe"]), splits["validation"])
-    split.pool.sequential = sequential
-    shares = [split.share(batch_size, rank, size) for rank in range(size)]
-    assert sorted(torch.cat(shares).tolist()) == list(range(1797))
-    alone = split.share(batch_size).split(batch_size)
-    together = [batch for share in shares for batch in share.split(batch_size) if len(batch)]
-    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
-    counts = [-(-len(share) // batch_size) for share in shares]
-    assert max(counts) - min(counts) <= 1
-    if sequential:
-        assert split.indices[torch.cat(shares)].tolist() == list(range(1797))
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("most", [None, 4])
-def test_processes_share_the_very_batches_of_one(size, most):
-    alone = GlobalBatches(103, 10, 5, most=most)
-    parts = [GlobalBatches(103, 10, 5, rank, size, most) for rank in range(size)]
-    met = []
-    for number in range(6):
-        for batches in (alone, *parts):
-            batches.set_epoch(number)
-        for whole, *shares in zip(alone, *parts, strict=True):
-            assert [position for share in shares for position in share] == whole
-            met += whole
-    passes = [met[i : i + 103] for i in range(0, len(met) - 102, 103)]
-    assert all(sorted(seen) == list(range(103)) for seen in passes)
-    assert passes[0] != passes[1]
 
 
 def read(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
-def test_one_two_and_four_processes_agree(command, tmp_path, cache_dir):
-    """All 1,797 digits; 719 of a split in batches of 64 are no multiple of anything. Statistics and curves to 1e-6, the
-    ρ of the SGD probe to 0.01."""
+@pytest.fixture(scope="module")
+def in_processes(command_in, cache_dir, tmp_path_factory):
+    """The folder of a job in as many processes. All 1,797 digits; 719 of a split in batches of 64 are no multiple of
+    anything."""
     job = ["logger=none", "data.batch_size=64", "probe=both", "trainer=ddp_cpu", "probe.steps=300", "seed=0"]
-    folders = {}
-    for count in (1, 2, 4):
-        folders[count] = tmp_path / str(count)
+    folder = tmp_path_factory.mktemp("processes")
+
+    @functools.cache
+    def start(count):
         # The trained network is common property, and nothing else.
-        (folders[count] / "cache").mkdir(parents=True)
+        (folder / str(count) / "cache").mkdir(parents=True)
         if (cache_dir / "models").is_dir():
-            (folders[count] / "cache" / "models").symlink_to(cache_dir / "models")
-        done = command(
-            *job, f"trainer.devices={count}", f"hydra.run.dir={folders[count]}", f"cache.dir={folders[count]}/cache"
-        )
+            (folder / str(count) / "cache" / "models").symlink_to(cache_dir / "models")
+        own = [f"hydra.run.dir={folder / str(count)}", f"cache.dir={folder / str(count)}/cache"]
+        done = command_in(folder, *job, f"trainer.devices={count}", *own)
         assert done.returncode == 0, done.stderr
-        assert read(folders[count])["processes"] == count
+        assert read(folder / str(count))["processes"] == count
         if count == 1:
-            assert not (cache_dir / "models").is_dir() or (folders[1] / "cache" / "models").is_symlink()
-    one = {name: pd.read_csv(folders[1] / name) for name in ("rho.csv", "degradation.csv", "splits.csv")}
+            assert not (cache_dir / "models").is_dir() or (folder / "1" / "cache" / "models").is_symlink()
+        return folder / str(count)
+
+    return start
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_one_two_and_four_processes_agree(in_processes, count):
+    """Statistics and curves to 1e-6, the ρ of the SGD probe to 0.01."""
+    alone, together = in_processes(1), in_processes(count)
+    one, other = (
+        {name: pd.read_csv(folder / name) for name in ("rho.csv", "degradation.csv", "splits.csv")}
+        for folder in (alone, together)
+    )
     assert len(one["rho.csv"]) == 2 * 170
-    patterns = load_file(folders[1] / "patterns.safetensors")
-    for count in (2, 4):
-        other = {name: pd.read_csv(folders[count] / name) for name in one}
-        assert one["splits.csv"].equals(other["splits.csv"])
-        for name, tensor in load_file(folders[count] / "patterns.safetensors").items():
-            torch.testing.assert_close(tensor, patterns[name], rtol=1e-6, atol=0)
-        exact = one["rho.csv"].probe == "closed_form"
-        for table, tolerance in ((exact, 1e-6), (~exact, 0.01)):
-            pd.testing.assert_frame_equal(one["rho.csv"][table], other["rho.csv"][table], rtol=tolerance, atol=0)
-        pd.testing.assert_frame_equal(one["degradation.csv"], other["degradation.csv"], rtol=1e-6, atol=0)
-        assert read(folders[count])["accuracy"] == read(folders[1])["accuracy"]
-        files = {path.name for path in folders[1].iterdir()}
-        assert {path.name for path in folders[count].iterdir()} == files
+    patterns = load_file(alone / "patterns.safetensors")
+    assert one["splits.csv"].equals(other["splits.csv"])
+    for name, tensor in load_file(together / "patterns.safetensors").items():
+        torch.testing.assert_close(tensor, patterns[name], rtol=1e-6, atol=0)
+    exact = one["rho.csv"].probe == "closed_form"
+    for table, tolerance in ((exact, 1e-6), (~exact, 0.01)):
+        pd.testing.assert_frame_equal(one["rho.csv"][table], other["rho.csv"][table], rtol=tolerance, atol=0)
+    pd.testing.assert_frame_equal(one["degradation.csv"], other["degradation.csv"], rtol=1e-6, atol=0)
+    assert read(together)["accuracy"] == read(alone)["accuracy"]
+    assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_counted_once_whichever_process_met_them(command, photographs, tmp_path):
     root = photographs(tmp_path / "images", count=30)
     for name in ("class0/0.jpg", "class0/3.jpg", "class1/7.jpg"):
@@ -114,6 +89,7 @@ def test_unreadable_images_are_counted_once_whichever_process_met_them(command, 
     assert done.stderr.count("cannot be read and are left out") <= 3
 
 
+@pytest.mark.slow
 def test_a_sweep_of_jobs_with_two_processes_leaves_two_folders(command, tmp_path):
     done = command(
         "-m", "estimator=w,a_plus_minus", "trainer=ddp_cpu", "trainer.devices=2", "hydra.sweep.dir=sweep", *SMALL
@@ -136,6 +112,7 @@ def test_a_sweep_of_jobs_with_two_processes_leaves_two_folders(command, tmp_path
 FAULTY = ["model=imported", "model.path=helpers.own_network.Faulty", "allow_any_target=true", "trainer=ddp_cpu", *FEW]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [None, 1])
 def test_a_job_that_fails_in_one_process_is_told_once_and_the_sweep_goes_on_or_stops(command, tmp_path, batch):
     stops = [] if batch is None else [f"hydra.sweeper.max_batch_size={batch}"]
@@ -164,6 +141,7 @@ def test_a_mistake_is_told_before_what_it_brought_about(configure, tmp_path, mon
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_a_bug_in_one_process_shows_its_traceback_once(command, tmp_path):
     done = command("+model.arguments.fails_in=1", "+model.arguments.how=bug", *FAULTY)
     assert done.returncode != 0
@@ -186,7 +164,11 @@ def processes_with(mark):
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize(
-    ("number", "whom"), [(signal.SIGINT, "all"), (signal.SIGTERM, "first"), (signal.SIGKILL, "first")]
+    ("number", "whom"),
+    [
+        (signal.SIGINT, "all"),
+        *(pytest.param(number, "first", marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGKILL)),
+    ],
 )
 def test_no_process_outlives_the_command(tmp_path, cache_dir, number, whom):
     """Ctrl-C reaches every process of a terminal; what a scheduler sends may reach the first alone."""
@@ -221,6 +203,7 @@ def test_no_process_outlives_the_command(tmp_path, cache_dir, number, whom):
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_processes_too(tmp_path, cache_dir):
     environment = {**os.environ, "PATTERN_BENCH_CACHE": str(cache_dir), "OMP_NUM_THREADS": "1"}
     torchrun = [
@@ -246,6 +229,7 @@ def test_torchrun_starts_the_processes_too(tmp_path, cache_dir):
     assert "makes 3 processes, but 2 were started" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -260,10 +244,3 @@ def test_mistakes_in_the_trainers_settings_get_one_message(command, overrides, m
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_devices_are_counted_as_lightning_counts_them():
-    assert processes_per_node({"accelerator": "gpu", "devices": [0, 2, 3]}) == 3
-    assert processes_per_node({"accelerator": "cpu", "devices": "auto"}) == 1
-    with pytest.raises(UserError, match=r"trainer.devices=True"):
-        processes_per_node({"devices": True})

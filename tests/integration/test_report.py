@@ -220,6 +220,7 @@ def test_names_of_a_missing_job_are_those_that_it_would_have():
     assert expected_names(["allow_any_target=true", "estimator._target_=os.system"]).estimator == "a_plus_minus"
 
 
+@pytest.mark.slow
 def test_missing_cells_of_a_real_sweep(command, tmp_path):
     """Two of its jobs fail, since there is no such criterion."""
     few = ["logger=none", "data.limit=300", "model.training.epochs=4", "degradation.images=8"]
@@ -269,6 +270,7 @@ def test_settings_are_flat_and_bounded(tmp_path):
 # --- damage ---
 
 
+@pytest.mark.slow
 def test_of_mutated_run_folders_each_gives_a_report_or_one_error(tmp_path):
     """The slow part of the report, its pictures, apart: they are drawn of what these read."""
     sweep = make_sweep(tmp_path / "good" / "sweep", ["estimator=w,a"])
@@ -320,7 +322,7 @@ def test_the_command_starts_without_torch():
     assert not {"torch", "torchvision", "pytorch_lightning", "wandb"} & set(done.stdout.split())
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_a_million_neurons_stay_below_two_gibibytes(tmp_path, capsys):
     """And takes as long as it says, with -s."""
     layers = {f"layer{i}": 500 for i in range(20)}

@@ -92,6 +92,7 @@ sys.addaudithook(note)
 """Files of tensors are written under another name and moved into place, which Python can be made to tell of."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_shared_statistics_are_computed_once_however_many_jobs_need_them(command, tmp_path, monkeypatch, launcher):
     """By two models, three splits and six layers; what is given beside a sweep comes in the place of what it says."""
@@ -115,6 +116,7 @@ def test_shared_statistics_are_computed_once_however_many_jobs_need_them(command
     assert Counter(name.split("/")[0] for name in entries) == {"models": 2, "moments": 2 * 3 * 6, "baselines": 2}
 
 
+@pytest.mark.slow
 def test_layers_can_be_swept(command, tmp_path):
     done = command("-m", "+sweep=fig3", "layer=features.0,features.2", "estimator=a", "logger=none", *SMALL_JOB)
     assert done.returncode == 0, done.stderr
@@ -122,6 +124,7 @@ def test_layers_can_be_swept(command, tmp_path):
     assert sorted(table.layer.unique().tolist() for table in tables) == [["features.0"], ["features.2"]]
 
 
+@pytest.mark.slow
 def test_the_sanity_sweep_runs(command, tmp_path):
     few = ["estimator=w,a", "logger=none", *SMALL_CHECKS]
     done = command("-m", "+sweep=sanity", *few, module="pattern_bench.sanity")
@@ -131,6 +134,7 @@ def test_the_sanity_sweep_runs(command, tmp_path):
     assert {method for table in tables for method in table.method} == {"pattern_net", "pattern_attribution"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
@@ -151,6 +155,7 @@ def test_a_sweep_that_is_started_in_another_way_is_one_message(command, tmp_path
     assert not [*tmp_path.glob("runs/*/*-sweep")]
 
 
+@pytest.mark.slow
 def test_a_job_of_a_sweep_can_be_taken_up_alone(command, tmp_path):
     done = command("-m", "+sweep=fig4a", "curve=gradient", "logger=none", *SMALL_JOB)
     assert done.returncode == 0, done.stderr
@@ -219,6 +224,7 @@ def test_every_sweep_of_hydra_is_one_of_wandb():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_wandb_draws_the_jobs_of_hydras_sweep(draw, name):
     config = read(name)
@@ -241,6 +247,7 @@ def settings(sweep):
     return composed
 
 
+@pytest.mark.slow
 def test_bad_settings_of_the_probe_are_stopped_early(draw):
     answer = draw(read("probe"))
     assert answer["violations"] == []
@@ -250,9 +257,8 @@ def test_bad_settings_of_the_probe_are_stopped_early(draw):
     assert 1e-6 <= one["probe.regularisation"]["value"] <= 0.1
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name != "fig3" else ()) for name in [*COMMANDS, "probe"]]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*COMMANDS, "probe"])
 def test_a_drawn_run_is_executed_as_the_agent_would(draw, name, cache_dir, tmp_path, monkeypatch):
     from wandb.wandb_agent import Agent
 
@@ -278,6 +284,7 @@ def test_a_drawn_run_is_executed_as_the_agent_would(draw, name, cache_dir, tmp_p
     assert [*(folder / "wandb").glob("offline-run-*-run45678")]
 
 
+@pytest.mark.slow
 def test_the_probes_sweep_goes_by_what_descent_tells_after_every_round(run_job):
     """And what it tells is what ρ will be, but for the validation images that it leaves out."""
     config = read("probe")

@@ -138,7 +138,7 @@ def online(configure, tmp_path_factory):
     return Tracked(server, tracked, work / "out")
 
 
-@pytest.fixture(params=["synced", "online"])
+@pytest.fixture(params=[pytest.param("synced", marks=pytest.mark.slow), "online"])
 def tracked(request):
     return request.getfixturevalue(request.param)
 
@@ -267,6 +267,7 @@ def test_the_run_is_named_and_configured(tracked):
     assert re.fullmatch("[a-z0-9]{8}", tracked.json("summary.json")["run_id"])
 
 
+@pytest.mark.slow
 def test_wandbs_own_reader_finds_the_same_in_the_file(synced, environment):
     (file,) = (synced.folder / "wandb").glob("offline-run-*/*.wandb")
     records = [
@@ -288,6 +289,7 @@ def test_wandbs_own_reader_finds_the_same_in_the_file(synced, environment):
     assert files >= {name for name in synced.run.files if name.startswith(("results/", "media/"))}
 
 
+@pytest.mark.slow
 def test_git_is_told_where_there_is_a_repository(synced, online):
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=synced.folder, capture_output=True, text=True, check=True)
     assert synced.run.told("commit") == head.stdout.strip()
@@ -296,6 +298,7 @@ def test_git_is_told_where_there_is_a_repository(synced, online):
     assert online.run.told("repo") is None
 
 
+@pytest.mark.slow
 def test_no_secret_is_written_or_sent(synced, online, environment):
     """The password of a git remote, and the key, which only goes where it belongs."""
     sent = [repr(vars(server)).encode() for server in (synced.server, online.server)]
@@ -343,6 +346,7 @@ def others(environment, cache_dir, tmp_path_factory):
     return work, runs
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_group_of_runs(others):
     _, runs = others
     found = {(run.told("displayName"), run.told("groupName")) for run in runs["job"]}
@@ -350,6 +354,7 @@ def test_a_sweep_is_a_group_of_runs(others):
     assert {run.told("groupName") for run in (*runs["gallery"], *runs["sanity"])} == {None}
 
 
+@pytest.mark.slow
 def test_galleries_and_sanity_checks_are_runs_with_pictures(others):
     work, runs = others
     for kind, pictures in {"gallery": {"fig5"}, "sanity": {"randomisation", "convergence"}}.items():
@@ -626,7 +631,7 @@ def test_a_name_server_that_hangs_is_not_waited_for(asked, reachable, monkeypatc
     over.set()
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_without_a_key_and_a_network_a_job_takes_3_seconds_more_at_most(environment, tmp_path):
     alone = ["unshare", "--net", "--map-root-user"]
     if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:

@@ -39,6 +39,7 @@ def check(python, tmp_path, cache_dir):
     assert "</html>" in (elsewhere / "report" / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_the_default_job(wheel, tmp_path, cache_dir):
     """In an environment that borrows this one's dependencies, but not this checkout."""
     run(sys.executable, "-m", "venv", tmp_path / "venv")
@@ -49,7 +50,7 @@ def test_the_wheel_runs_the_default_job(wheel, tmp_path, cache_dir):
     check(python, tmp_path, cache_dir)
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_the_wheel_runs_in_an_empty_environment(wheel, tmp_path):
     run(sys.executable, "-m", "venv", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"

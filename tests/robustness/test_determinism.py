@@ -88,7 +88,8 @@ def differing(one, other):
     [
         ["estimator=random", "method=smoothgrad", "method.samples=4", "data.workers=2"],
         ["moments.positions=0.5", "method=prediction_difference", "method.samples=3"],
-        ["probe=sgd", "probe.steps=25", "estimator=a", "degradation.replacement=blur"],
+        pytest.param(["probe=sgd", "probe.steps=25", "estimator=a", "degradation.replacement=blur"],
+                     marks=pytest.mark.slow),
         ["bootstrap.resamples=3", "bootstrap.chunks=4", "method=prediction_difference", "method.sampling=conditional",
          "method.samples=2", "method.patches=200", "method.stride=2", "method.window=2"],
     ],

@@ -395,7 +395,9 @@ def equal_results(found, expected):
     agree(found[1], expected[1])
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    "job", [pytest.param(job, marks=() if job == "closed form" else pytest.mark.slow) for job in JOBS]
+)
 def test_a_job_through_lightning(job, run_job, tmp_path):
     more = [*SMALL, *JOBS[job]]
     expected = results_of(run_job(*more, f"cache.dir={tmp_path / 'host'}"))
@@ -404,7 +406,7 @@ def test_a_job_through_lightning(job, run_job, tmp_path):
     equal_results(found, expected)
 
 
-@pytest.mark.parametrize("command", ["gallery", "sanity"])
+@pytest.mark.parametrize("command", ["gallery", pytest.param("sanity", marks=pytest.mark.slow)])
 def test_gallery_and_sanity_checks_through_lightning(command, cache_dir, tmp_path):
     own = {
         "gallery": ("images=2", "show=[gradient,smoothgrad,pattern_net,pattern_attribution,lrp_z,occlusion]"),
@@ -427,6 +429,7 @@ def test_gallery_and_sanity_checks_through_lightning(command, cache_dir, tmp_pat
     agree(*found)
 
 
+@pytest.mark.slow
 def test_two_processes(configure, run_job, tmp_path):
     """Each with a device of its own, which no process of theirs can reach but through the host."""
     more = [*SMALL, f"cache.dir={tmp_path / 'host'}", "data.batch_size=32"]

@@ -842,6 +842,7 @@ def test_checkpoints_on_a_full_disk_are_said_once_and_training_goes_on(
     assert (folder / "rho.csv").read_bytes() == (plain / "rho.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_log_file_without_room_is_no_traceback(trained, command, small_disk, tmp_path):
     disk = small_disk(tmp_path / "disk", free=24)  # enough for Hydra's files
     (tmp_path / "cache" / "models").mkdir(parents=True)

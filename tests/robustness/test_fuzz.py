@@ -481,14 +481,17 @@ def in_a_process(name, folder, cases, seed, seconds):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ("Entry", "StateDict") else pytest.mark.slow) for name in TARGETS],
+)
 def test_a_damaged_file_crashes_nothing(name, tmp_path):
     told = in_a_process(name, tmp_path, 400, seed=2, seconds=120)
     assert sum(told["outcomes"].values()) == 400
     assert told["grown_mib"] < 100
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_two_hundred_thousand_damaged_files(name, tmp_path):
     told = in_a_process(name, tmp_path, 30_000, seed=3, seconds=3_600)

@@ -14,11 +14,9 @@ import torch
 from helpers.results import same
 from safetensors.torch import load_file
 
-from pattern_bench.core.collector import Collector
 from pattern_bench.errors import UserError
 from pattern_bench.pipeline.job import run
-from pattern_bench.storage import stage_state as partial_module
-from pattern_bench.storage.stage_state import SHARE, Partial
+from pattern_bench.storage.stage_state import Partial
 
 SMALL = [
     "data.limit=300",
@@ -27,25 +25,6 @@ SMALL = [
     "data.batch_size=16",
     "explanation.images=3",
 ]
-
-
-@pytest.mark.parametrize("gram", [True, False])
-@pytest.mark.parametrize("positions", [1.0, 0.5])
-def test_a_collector_goes_on_to_the_bit(layer_and_input, gram, positions, monkeypatch):
-    monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 2)
-    layer, x = layer_and_input
-    layer, x = layer.float(), x.float() + 100 * (len(x) % 2)  # with a large mean it is summed about that
-    y = layer(x)
-    half = len(x) // 2
-    whole, first, second = (Collector(layer, gram, positions=positions, seed=3) for _ in range(3))
-    for part in (slice(half), slice(half, None)):
-        whole.add(x[part], y[part])
-    first.add(x[:half], y[:half])
-    second.restore({name: tensor.clone() for name, tensor in first.state().items()})
-    second.add(x[half:], y[half:])
-    one, other = whole.moments().tensors(), second.moments().tensors()
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 class Killed(BaseException):
@@ -78,6 +57,7 @@ def interrupted(configure, tmp_path, monkeypatch):
     return start
 
 
+@pytest.mark.slow
 def test_every_kept_state_of_every_stage_leads_to_the_same_results(interrupted, run_job, tmp_path):
     """One run, cut short after each state that it keeps and taken up again, until it is through."""
     job = [*SMALL, "probe=both", "probe.steps=30"]
@@ -95,6 +75,7 @@ def test_every_kept_state_of_every_stage_leads_to_the_same_results(interrupted, 
     assert json.loads((folder / "summary.json").read_text())["rho"]["all"]["neurons"] == 170
 
 
+@pytest.mark.slow
 def test_a_slow_method_is_resumed_image_by_image(interrupted, run_job, tmp_path):
     job = [*SMALL, "method=occlusion", "degradation.images=4", "layer=features.0"]
     undisturbed = run_job(*job)
@@ -105,6 +86,7 @@ def test_a_slow_method_is_resumed_image_by_image(interrupted, run_job, tmp_path)
     assert same(undisturbed, folder) == []
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_its_last_epoch(configure, run_job, tmp_path, monkeypatch):
     """Dropout and the order of images are those of the epoch, whoever begins it."""
     job = ["data.limit=300", "model.training.epochs=5", "degradation.images=4", "seed=11"]
@@ -193,42 +175,6 @@ def test_a_damaged_state_is_said_and_begun_again(interrupted, run_job, tmp_path,
     assert same(run_job(*SMALL, f"cache.dir={tmp_path / 'other'}"), folder) == []
 
 
-def test_keeping_takes_its_share_of_the_time_at_most(tmp_path, monkeypatch):
-    """With a disk that takes 2 s for every state, over an hour of batches of 1 s; the wall clock jumps."""
-    now = [0.0]
-    monkeypatch.setattr(partial_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(time, "time", lambda: random.uniform(-1e9, 1e9))
-
-    def slow(*_):
-        now[0] += 2.0
-
-    monkeypatch.setattr(partial_module, "write_tensors", slow)
-    kept = Partial(tmp_path, "fit", "key", seconds=10)
-    state = {"x": torch.zeros(1000)}
-    saves, batches = 0, 0
-    while now[0] < 3600:
-        now[0] += 1.0
-        batches += 1
-        before = now[0]
-        kept.save_now_and_then(lambda: state, batches)
-        saves += now[0] > before
-    assert 2 * saves <= SHARE * now[0] + 2
-    assert saves >= 40
-
-
-def test_a_large_state_waits_for_its_turn_before_it_was_ever_timed(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(partial_module.time, "monotonic", lambda: now[0])
-    kept = Partial(tmp_path, "fit", "key", seconds=1)
-    large = {"x": torch.zeros(25_000_000, dtype=torch.float64)}  # 200 MB: a second, it is taken
-    now[0] = 30
-    kept.save_now_and_then(lambda: large, 1)
-    assert kept.load() is None
-    now[0] = 40
-    kept.save_now_and_then(lambda: large, 2)
-    assert kept.load()[1] == 2
-
-
 def kill_and_resume(command_line, environment, folder, kills, draw, longest):
     """Kills the command so many times at random moments of at most ``longest`` seconds, then lets it run."""
     killed = 0
@@ -251,8 +197,8 @@ def kill_and_resume(command_line, environment, folder, kills, draw, longest):
 @pytest.mark.parametrize(
     ("runs", "job"),
     [
-        pytest.param(1, ["data.limit=600", "model.training.epochs=8"], id="one"),
-        pytest.param(20, [], id="twenty", marks=pytest.mark.slow),
+        pytest.param(1, ["data.limit=600", "model.training.epochs=8"], id="one", marks=pytest.mark.slow),
+        pytest.param(20, [], id="twenty", marks=pytest.mark.very_slow),
     ],
 )
 def test_runs_killed_at_random_moments_equal_an_undisturbed_one(tmp_path, runs, job):
@@ -281,6 +227,7 @@ def test_runs_killed_at_random_moments_equal_an_undisturbed_one(tmp_path, runs, 
         assert not [path for path in folder.iterdir() if path.name.startswith(".") and path.name != ".hydra"]
 
 
+@pytest.mark.slow
 def test_resume_takes_up_the_settings_of_the_folder(command, tmp_path, cache_dir):
     folder = tmp_path / "a run, with = signs"
     python = [

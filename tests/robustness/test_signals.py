@@ -85,6 +85,7 @@ def ends_and_goes_on(tmp_path, undisturbed, number, stage, *several):
 EVERY = [(stage, number) for number in SIGNALS for stage in STAGES]
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_in_one_stage_after_another_finds_what_an_undisturbed_one_does(tmp_path, undisturbed):
     """In those that no other quick test of this file stops."""
     left = [stage for stage in STAGES if stage not in ("accuracy", "fit_probe", "rho")]
@@ -94,7 +95,7 @@ def test_a_job_that_is_stopped_in_one_stage_after_another_finds_what_an_undistur
     goes_on(tmp_path, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.parametrize(("stage", "number"), EVERY)
 def test_every_signal_is_obeyed_in_every_stage(tmp_path, undisturbed, stage, number):
     ends_and_goes_on(tmp_path, undisturbed, number, stage)
@@ -102,13 +103,17 @@ def test_every_signal_is_obeyed_in_every_stage(tmp_path, undisturbed, stage, num
 
 @pytest.mark.parametrize(
     ("stage", "number"),
-    [pytest.param(*pair, marks=() if pair == ("rho", signal.SIGUSR1) else pytest.mark.slow) for pair in EVERY],
+    [
+        pytest.param(*pair, marks=pytest.mark.slow if pair == ("rho", signal.SIGUSR1) else pytest.mark.very_slow)
+        for pair in EVERY
+    ],
 )
 def test_every_signal_is_obeyed_in_every_stage_by_several_processes(tmp_path, undisturbed, stage, number):
     ends_and_goes_on(tmp_path, undisturbed, number, stage, "trainer=ddp_cpu")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_processes_that_torchrun_started_stop_with_one_line(tmp_path, number):
     torchrun = ["torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     job = start(
@@ -121,9 +126,8 @@ def test_processes_that_torchrun_started_stop_with_one_line(tmp_path, number):
     assert f"stopped by {number.name}: go on with python -m pattern_bench resume={tmp_path / 'run'}" in err, err
 
 
-@pytest.mark.parametrize(
-    ("module", "stage"), [("gallery", "explain"), pytest.param("sanity", "randomisation", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "stage"), [("gallery", "explain"), ("sanity", "randomisation")])
 def test_galleries_and_sanity_checks_obey_too(tmp_path, cache_dir, module, stage):
     command = f"pattern_bench.{module}"
     few = ["logger=none", "data.limit=100", "model.training.epochs=2", "quiet=true", "hydra.run.dir=run"]

@@ -169,6 +169,7 @@ def test_whatever_explains_plugs_into_degradation_and_gallery(network, tmp_path)
         pb.degradation(network, x, {"bad": lambda *_: torch.zeros(8, 3, 4, 4)}, patch=3, steps=3)
 
 
+@pytest.mark.slow
 def test_the_readmes_example_runs(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)

@@ -384,6 +384,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @example([(name, values[0]) for name, values in SAME.items()], [], [("data.limit", "90"), ("seed", "3")])
 @example([], [("moments.memory_gib", "0.00001")], [("moments.positions", "0.5"), ("degradation.patch", "3")])
 @hypothesis.settings(max_examples=2, **SETTINGS | {"phases": [Phase.explicit, Phase.generate]})
@@ -392,7 +393,7 @@ def test_no_setting_of_one_run_reaches_the_results_of_another(run_job, alone, sa
     check_a_run_reaches_no_other(run_job, *alone, same, rounded, other)
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @hypothesis.settings(max_examples=60, **SETTINGS)
 @EXAMPLES
 def test_no_settings_of_one_run_reach_the_results_of_another(run_job, alone, same, rounded, other):

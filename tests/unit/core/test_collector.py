@@ -237,3 +237,22 @@ def test_a_large_mean_costs_no_digit_in_sampled_positions():
     m.add(x, layer(x))
     covariance = m.moments().cov_x[0]
     assert (covariance - torch.eye(27).double()).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("positions", [1.0, 0.5])
+def test_a_collector_goes_on_to_the_bit(layer_and_input, gram, positions, monkeypatch):
+    monkeypatch.setattr("pattern_bench.core.collector.LEAST_POSITIONS", 2)
+    layer, x = layer_and_input
+    layer, x = layer.float(), x.float() + 100 * (len(x) % 2)  # with a large mean it is summed about that
+    y = layer(x)
+    half = len(x) // 2
+    whole, first, second = (Collector(layer, gram, positions=positions, seed=3) for _ in range(3))
+    for part in (slice(half), slice(half, None)):
+        whole.add(x[part], y[part])
+    first.add(x[:half], y[:half])
+    second.restore({name: tensor.clone() for name, tensor in first.state().items()})
+    second.add(x[half:], y[half:])
+    one, other = whole.moments().tensors(), second.moments().tensors()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -206,6 +206,7 @@ def test_a_network_that_casts_by_itself_is_refused():
         pb.collect_moments(Casts().eval(), [torch.randn(5, 4)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_a_job_on_a_network_in_another_precision(run_job, dtype):
     own = ["model=imported", "model.path=helpers.own_network.InPrecision", "allow_any_target=true", "probe=both",

@@ -169,6 +169,7 @@ def test_descent_and_closed_form_agree_on_the_digits(run_job, estimator):
     assert list((folder / "checkpoints").glob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_descent_alone_serves_the_positive_criterion_and_stops_early(run_job):
     folder = run_job(
         "probe=sgd", "criterion=positive", "estimator=a", "data.limit=400", "layer=features.0", "probe.steps=5000",
@@ -185,6 +186,7 @@ def test_descent_alone_serves_the_positive_criterion_and_stops_early(run_job):
     assert "regularisation" not in summary
 
 
+@pytest.mark.slow
 def test_where_neurons_fire_the_closed_form_agrees_with_descent(run_job):
     folder = run_job(
         "probe=both", "criterion=positive", "estimator=w", "data.limit=900", "layer=[features.0,features.2]",
@@ -209,7 +211,7 @@ def test_where_neurons_fire_rho_has_standard_errors_and_its_moments_are_cached(r
     assert (first / "bootstrap.csv").read_text() == (second / "bootstrap.csv").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.parametrize("estimator", ["w", "a_plus_minus"])
 def test_descent_and_closed_form_agree_on_a_squeezenet_layer(run_job, estimator):
     """On photographs: minutes. PATTERN_BENCH_PHOTOGRAPHS is a folder of them, PATTERN_BENCH_SQUEEZENET the weights."""

@@ -128,6 +128,7 @@ def test_the_seed_of_the_draws_is_a_whole_number(run_job, data, value):
         run_job(f"data={data}", f"data.data_seed={value}", "model=linear")
 
 
+@pytest.mark.slow
 def test_the_job_measures_the_angle_to_the_known_signal(run_job):
     folder = run_job("data=known_signal", "model=linear", "estimator=a", "explanation.images=2")
     angles = json.loads((folder / "summary.json").read_text())["signal_angle_degrees"]

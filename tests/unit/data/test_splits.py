@@ -1,10 +1,8 @@
-import math
-
 import pytest
 import torch
 
 from pattern_bench.configuration.build import build
-from pattern_bench.data.splits import Unreadable, make_splits
+from pattern_bench.data.splits import GlobalBatches, Unreadable, joined, make_splits
 from pattern_bench.errors import UserError
 
 
@@ -41,27 +39,6 @@ def test_impossible_splits_are_refused(configure, overrides, message):
         splits(configure, "data=digits", *overrides)
 
 
-def test_folder_labels_come_from_subfolders(configure, photographs, tmp_path):
-    root = photographs(tmp_path / "labelled")
-    pool = splits(configure, "data=folder", f"data.root={root}")["fit"].pool
-    assert pool.classes == 3
-    assert all(int(name.split("/")[0][-1]) == label for name, label in zip(pool.ids, pool.labels, strict=True))
-    flat = photographs(tmp_path / "flat", classes=0)
-    part = splits(configure, "data=folder", f"data.root={flat}")["fit"]
-    assert part.pool.labels is None
-    assert part[0][1] == -1
-
-
-def test_a_folder_of_validation_images(configure, photographs, tmp_path):
-    train, held = photographs(tmp_path / "train"), photographs(tmp_path / "held", count=6)
-    parts = splits(
-        configure, "data=folder", f"data.root={train}", f"data.validation_root={held}",
-        "data.fit=0.5", "data.probe=0.5", "data.validation=1.0",
-    )  # fmt: skip
-    assert [len(part) for part in parts.values()] == [6, 6, 6]
-    assert parts["validation"].pool.root == held
-
-
 def test_the_fingerprint_follows_images_and_transform(configure, photographs, tmp_path):
     root = photographs(tmp_path / "images")
     one, same = (splits(configure, "data=folder", f"data.root={root}")["fit"] for _ in range(2))
@@ -91,23 +68,36 @@ def test_unreadable_images_are_named_and_left_out(configure, photographs, tmp_pa
         part[part.pool.ids.index("class0/0.jpg")]
 
 
-def test_the_toy_data_know_their_signal(configure):
-    source = build(configure("data=toy", "data.angle=30").data)
-    pool, _ = source.pools()
-    y = torch.tensor(pool.labels)
-    distractor = pool.images - y[:, None] * source.signal.float()
-    direction = distractor / distractor.norm(dim=1, keepdim=True)
-    expected = torch.tensor([math.cos(math.radians(30)), math.sin(math.radians(30))])
-    torch.testing.assert_close((direction @ expected).abs(), torch.ones(len(y)), atol=1e-5, rtol=0)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("batch_size", [1, 32, 256, 5000])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_every_image_is_one_processes_and_only_ones(configure, size, batch_size, sequential):
+    splits = make_splits(build(configure("data=digits").data), 0)
+    split = joined(joined(splits["fit"], splits["probe"]), splits["validation"])
+    split.pool.sequential = sequential
+    shares = [split.share(batch_size, rank, size) for rank in range(size)]
+    assert sorted(torch.cat(shares).tolist()) == list(range(1797))
+    alone = split.share(batch_size).split(batch_size)
+    together = [batch for share in shares for batch in share.split(batch_size) if len(batch)]
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    counts = [-(-len(share) // batch_size) for share in shares]
+    assert max(counts) - min(counts) <= 1
+    if sequential:
+        assert split.indices[torch.cat(shares)].tolist() == list(range(1797))
 
 
-def test_imagenet_through_torchvision(configure, photographs, tmp_path):
-    for part in ("train", "val"):
-        for i, wnid in enumerate(("n01440764", "n01443537")):
-            photographs(tmp_path / part / wnid, count=3 + i, classes=0)
-    torch.save(({"n01440764": ("tench",), "n01443537": ("goldfish",)}, ["n01440764"] * 7), tmp_path / "meta.bin")
-    parts = splits(configure, "data=imagenet", f"data.root={tmp_path}", "data.fit=3", "data.probe=4")
-    assert [len(part) for part in parts.values()] == [3, 4, 7]
-    assert parts["validation"].pool.ids[0] == "val/n01440764/0.jpg"
-    with pytest.raises(UserError, match=r"data.root=.* has no ImageNet"):
-        splits(configure, "data=imagenet", f"data.root={tmp_path}/no")
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("most", [None, 4])
+def test_processes_share_the_very_batches_of_one(size, most):
+    alone = GlobalBatches(103, 10, 5, most=most)
+    parts = [GlobalBatches(103, 10, 5, rank, size, most) for rank in range(size)]
+    met = []
+    for number in range(6):
+        for batches in (alone, *parts):
+            batches.set_epoch(number)
+        for whole, *shares in zip(alone, *parts, strict=True):
+            assert [position for share in shares for position in share] == whole
+            met += whole
+    passes = [met[i : i + 103] for i in range(0, len(met) - 102, 103)]
+    assert all(sorted(seen) == list(range(103)) for seen in passes)
+    assert passes[0] != passes[1]

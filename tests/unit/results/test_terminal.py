@@ -71,6 +71,7 @@ def test_a_layer_without_live_neurons_has_a_row(done):
     assert row.split() == ["features.0", "16", "16", "–", "–", "–"]
 
 
+@pytest.mark.slow
 def test_quiet_shows_the_folder_and_nothing_else(command):
     done = command(*SMALL, "logger=none", "quiet=true")
     assert done.returncode == 0
@@ -139,6 +140,7 @@ def test_a_sweeps_table_has_every_cell_and_says_which_are_missing():
     assert ["m", "d", "PatternNet,", "S_w", "missing"] in lines
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_its_table(command):
     done = command("-m", "estimator=x,w", "layer=features.0", "logger=none", *SMALL)
     assert done.returncode == 0

@@ -77,6 +77,7 @@ def test_the_table_counts_by_kind(folder, capsys):
     assert "3 d" in next(line for line in said if "moments" in line)
 
 
+@pytest.mark.slow
 def test_every_kind_that_the_suite_keeps_is_listed(command, tmp_path, photographs):
     """Whatever a job leaves as an entry is counted: nothing grows unseen."""
     photographs(tmp_path / "photos", 40, 2, 16)

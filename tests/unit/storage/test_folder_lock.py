@@ -217,6 +217,7 @@ def test_a_second_command_leaves_the_folder_as_it_is(command, job, tmp_path, mod
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != FILE} == before
 
 
+@pytest.mark.slow
 def test_the_log_of_a_job_is_there_from_the_start_to_the_end(command, tmp_path):
     done = command("logger=none", "degradation.replacement=none", f"hydra.run.dir={tmp_path / 'run'}")
     assert done.returncode == 1

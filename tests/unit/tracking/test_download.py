@@ -57,6 +57,7 @@ def test_results_of_finished_runs_come_each_into_a_folder_of_their_own(fetch, tm
     assert [path.rpartition("/")[2] == "summary.json" for path in fetched] == [False, False, True] * 4
 
 
+@pytest.mark.slow
 def test_a_report_is_made_of_a_project(tmp_path):
     with serving(PROJECT) as (environment, _):
         done = python(["-m", "pattern_bench.report", "wandb://lab/patterns"], tmp_path, environment)

@@ -4,7 +4,7 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from pattern_bench.configuration.build import build
-from pattern_bench.core.network import layers_in_order, select_layers
+from pattern_bench.core.network import layers_in_order
 from pattern_bench.errors import UserError
 
 PHOTO, DIGIT = torch.rand(3, 64, 64), torch.rand(1, 8, 8)
@@ -117,12 +117,6 @@ def test_a_pickle_with_code_is_not_run(configure, tmp_path):
         built(configure, "model=squeezenet1_1", f"model.weights={tmp_path / 'w.safetensors'}")
 
 
-def test_a_class_of_the_users_own(configure):
-    overrides = ["model=imported", "model.path=torchvision.models.resnet18", "+model.arguments.num_classes=7"]
-    overrides.append("allow_any_target=true")
-    assert built(configure, *overrides)(PHOTO[None].repeat(2, 1, 1, 1)).shape == (2, 7)
-
-
 TRAINED = "model.training={epochs: 1, learning_rate: 0.01, batch_size: 8}"
 
 
@@ -134,16 +128,3 @@ def test_a_network_has_the_outputs_of_what_it_is_trained_on(configure, model, tr
         pytest.importorskip("timm")
         chosen.append("model.architecture=resnet18")
     assert built(configure, *chosen, *training, "model.weights=null", classes=7)(PHOTO[None]).shape == (1, outputs)
-
-
-def test_layers_are_chosen_by_name_list_or_glob(configure):
-    names = layers_in_order(built(configure, "model=small_vgg", sample=DIGIT), DIGIT[None])
-    assert names == ["features.0", "features.2", "features.5", "features.7", "classifier.1", "classifier.3"]
-    assert select_layers(names, "all") == names
-    assert select_layers(names, "features.2") == ["features.2"]
-    assert select_layers(names, "features.*") == names[:4]
-    assert select_layers(names, ["classifier.3", "features.[02]"]) == ["features.0", "features.2", "classifier.3"]
-    with pytest.raises(UserError, match=r"layer=feature.0 matches no layer.*did you mean features.0"):
-        select_layers(names, "feature.0")
-    with pytest.raises(UserError, match="selects no layer"):
-        select_layers(names, [])

@@ -1,0 +1,28 @@
+"""Layers are found in the order they run, and chosen by name."""
+
+import pytest
+import torch
+
+from pattern_bench.configuration.build import build
+from pattern_bench.core.network import layers_in_order, select_layers
+from pattern_bench.errors import UserError
+
+PHOTO, DIGIT = torch.rand(3, 64, 64), torch.rand(1, 8, 8)
+PHOTO, DIGIT = torch.rand(3, 64, 64), torch.rand(1, 8, 8)
+
+
+def built(configure, *overrides, sample=PHOTO, classes=10):
+    return build(configure(*overrides).model).build(sample, classes)
+
+
+def test_layers_are_chosen_by_name_list_or_glob(configure):
+    names = layers_in_order(built(configure, "model=small_vgg", sample=DIGIT), DIGIT[None])
+    assert names == ["features.0", "features.2", "features.5", "features.7", "classifier.1", "classifier.3"]
+    assert select_layers(names, "all") == names
+    assert select_layers(names, "features.2") == ["features.2"]
+    assert select_layers(names, "features.*") == names[:4]
+    assert select_layers(names, ["classifier.3", "features.[02]"]) == ["features.0", "features.2", "classifier.3"]
+    with pytest.raises(UserError, match=r"layer=feature.0 matches no layer.*did you mean features.0"):
+        select_layers(names, "feature.0")
+    with pytest.raises(UserError, match="selects no layer"):
+        select_layers(names, [])
