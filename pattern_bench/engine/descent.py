@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pattern_bench.data.splits import GlobalBatches
-from pattern_bench.engine.micro_batches import Halving
+from pattern_bench.engine.micro_batches import MicroBatches
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -30,7 +30,7 @@ class _WithGradients(torch.autograd.Function):
         return None, None, *(None if g is None else g * grad_outputs[0] for g in ctx.gradients)
 
 
-class Descending(Halving, pl.LightningModule):
+class Descending(MicroBatches, pl.LightningModule):
     """Takes a step for each batch. Its gradient is taken at once: where the device's memory is too small for a batch,
     the gradients of its parts are added up.
 

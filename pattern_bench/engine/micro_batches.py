@@ -34,7 +34,7 @@ def enough_memory() -> Iterator[None]:
         ) from error
 
 
-class Halving:
+class MicroBatches:
     """Takes in images at once, until the device's memory turns out too small for that; then fewer, to the end."""
 
     most: int | None = None

@@ -14,7 +14,7 @@ from pattern_bench.core.memory import fits
 from pattern_bench.core.network import Watcher, collecting
 from pattern_bench.core.predictions import first_broken_layer
 from pattern_bench.data.splits import Batch
-from pattern_bench.engine.micro_batches import Halving
+from pattern_bench.engine.micro_batches import MicroBatches
 from pattern_bench.errors import UserError
 
 
@@ -64,7 +64,7 @@ def answers(model: nn.Module, images: Tensor, positions: Tensor) -> Tensor:
     return logits
 
 
-class Stream(Halving, pl.LightningModule):
+class Stream(MicroBatches, pl.LightningModule):
     """Predicts batch by batch and keeps what ``visit`` makes of each.
 
     What it keeps can be taken out with ``state`` between two batches, and a stream that is to ``continue_from`` it

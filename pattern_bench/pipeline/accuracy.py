@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pattern_bench.engine.explanation_streams import AccuracyStream
 from pattern_bench.engine.progress import Bar
 from pattern_bench.pipeline.machine import Machine
-from pattern_bench.pipeline.record import Record
+from pattern_bench.pipeline.run_folder import RunFolder
 from pattern_bench.pipeline.run_pass import stream_over
 from pattern_bench.pipeline.setup import Setup
 from pattern_bench.pipeline.stage import Done, Result, Stage
@@ -64,10 +64,10 @@ class MeasureAccuracy(Stage[Accuracy]):
         top1, top5 = collectives.total(stream.right).tolist()
         return Accuracy(top1=top1 / visited.images, top5=top5 / visited.images, visited=visited)
 
-    def record(self, result: Accuracy, record: Record) -> None:
+    def write(self, result: Accuracy, run_folder: RunFolder) -> None:
         if result.skipped is not None:
-            record.json("accuracy.json", {**self.setup.names, "skipped": result.skipped})
+            run_folder.json("accuracy.json", {**self.setup.names, "skipped": result.skipped})
             return
         shares: dict[str, float] = {"top1": result.top1, "top5": result.top5}  # type: ignore[dict-item]
-        record.metrics({f"accuracy/{name}": share for name, share in shares.items()})
-        record.json("accuracy.json", {**self.setup.names, **shares, "images": result.visited.images})
+        run_folder.metrics({f"accuracy/{name}": share for name, share in shares.items()})
+        run_folder.json("accuracy.json", {**self.setup.names, **shares, "images": result.visited.images})

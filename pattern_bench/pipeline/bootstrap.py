@@ -13,8 +13,8 @@ from pattern_bench.engine.progress import Bar
 from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.moments import M, ProbeStatistics, SplitMoments, ValidationStatistics
 from pattern_bench.pipeline.patterns import FittedPatterns, fit_pattern
-from pattern_bench.pipeline.record import Record
 from pattern_bench.pipeline.rho import layer_rho
+from pattern_bench.pipeline.run_folder import RunFolder
 from pattern_bench.pipeline.setup import Setup
 from pattern_bench.pipeline.stage import Done, Result, Stage
 from pattern_bench.processes import collectives
@@ -97,5 +97,5 @@ class DrawImagesAgain(Stage[Bootstrap]):
         probe, test = done[ProbeStatistics].moments, done[ValidationStatistics].moments
         return Bootstrap(table=bootstrap(self.setup, self.machine.device, fit, probe, test, bar))
 
-    def record(self, result: Bootstrap, record: Record) -> None:
-        record.csv("bootstrap.csv", result.table)
+    def write(self, result: Bootstrap, run_folder: RunFolder) -> None:
+        run_folder.csv("bootstrap.csv", result.table)

@@ -22,8 +22,8 @@ from pattern_bench.pipeline.explain import depends_on, why_no_explanation
 from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.methods import build_method
 from pattern_bench.pipeline.patterns import FittedPatterns
-from pattern_bench.pipeline.record import Record
 from pattern_bench.pipeline.rows import collect_rows
+from pattern_bench.pipeline.run_folder import RunFolder
 from pattern_bench.pipeline.run_pass import Visited
 from pattern_bench.pipeline.setup import Setup
 from pattern_bench.pipeline.stage import Done, Result, Stage
@@ -190,16 +190,16 @@ class Degrade(Stage[Degradation]):
             visited=visited,
         )  # fmt: skip
 
-    def record(self, result: Degradation, record: Record) -> None:
-        record.csv("degradation.csv", result.curves)
-        record.csv("areas.csv", result.areas)
-        record.table("degradation", result.curves)
+    def write(self, result: Degradation, run_folder: RunFolder) -> None:
+        run_folder.csv("degradation.csv", result.curves)
+        run_folder.csv("areas.csv", result.areas)
+        run_folder.table("degradation", result.curves)
         setup = self.setup
         about = f"{setup.model_name} on {setup.source.name}, {setup.estimator.name}"
-        record.picture(
+        run_folder.picture(
             "figures/degradation", "degradation.png", f"Image degradation of {about}",
             lambda file: draw_degradation(result.curves, file),
         )  # fmt: skip
         for step, rows in result.curves.groupby("step"):
-            record.curve("degradation", int(str(step)), dict(zip(rows.method, rows.probability_mean, strict=True)))
-        record.metrics({f"area_over_curve/{method}": area for method, area in result.means.items()})
+            run_folder.curve("degradation", int(str(step)), dict(zip(rows.method, rows.probability_mean, strict=True)))
+        run_folder.metrics({f"area_over_curve/{method}": area for method, area in result.means.items()})

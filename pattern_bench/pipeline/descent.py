@@ -26,8 +26,8 @@ from pattern_bench.engine.streams import Seen, fast_layout
 from pattern_bench.errors import UserError
 from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.patterns import FittedPatterns
-from pattern_bench.pipeline.record import Record
 from pattern_bench.pipeline.rho import layer_rows
+from pattern_bench.pipeline.run_folder import RunFolder
 from pattern_bench.pipeline.run_pass import Visited, stream_over
 from pattern_bench.pipeline.setup import Setup
 from pattern_bench.pipeline.stage import Done, Result, Stage
@@ -219,14 +219,14 @@ class FitReaders(Stage[FittedReaders]):
 
     setup: Setup
     machine: Machine
-    tracker: Record
+    run_folder: RunFolder
     name = "fit_readers"
     title = "fit v on the second half by descent"
 
     def run(self, done: Done, bar: Bar) -> FittedReaders:
-        tell = functools.partial(self.tracker.curve, "descent")
+        tell = functools.partial(self.run_folder.curve, "descent")
         patterns = done[FittedPatterns].patterns
-        readers, took, visited = descend(self.setup, self.machine, patterns, bar, tell, self.tracker.listened)
+        readers, took, visited = descend(self.setup, self.machine, patterns, bar, tell, self.run_folder.listened)
         return FittedReaders(readers=readers, descent=took, visited=visited)
 
 

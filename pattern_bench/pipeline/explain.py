@@ -19,8 +19,8 @@ from pattern_bench.pipeline.accuracy import why_no_accuracy
 from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.methods import build_method
 from pattern_bench.pipeline.patterns import FittedPatterns
-from pattern_bench.pipeline.record import Record
 from pattern_bench.pipeline.rows import collect_rows
+from pattern_bench.pipeline.run_folder import RunFolder
 from pattern_bench.pipeline.run_pass import Visited
 from pattern_bench.pipeline.setup import Setup
 from pattern_bench.pipeline.stage import Done, Result, Stage
@@ -127,12 +127,12 @@ class Explain(Stage[Explanations]):
         columns = {name.removeprefix(start): row for name, row in rows.items() if name.startswith(start)}
         return Explanations(images=rows["images"], columns=columns, captions=captions, visited=visited)
 
-    def record(self, result: Explanations, record: Record) -> None:
+    def write(self, result: Explanations, run_folder: RunFolder) -> None:
         if (images := result.images) is None:
             return
         setup = self.setup
         about = f"{setup.model_name} on {setup.source.name}, {setup.estimator.name}"
-        record.picture(
+        run_folder.picture(
             "figures/explanations", "explanations.png", f"Validation images and what explains {about}",
             lambda file: draw_explanations(images, result.columns, result.captions, file),
         )  # fmt: skip

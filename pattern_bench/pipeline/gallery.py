@@ -25,7 +25,7 @@ from pattern_bench.pipeline.job import check as check_job
 from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.methods import check_methods, methods_shown
 from pattern_bench.pipeline.patterns import FitPatternsOfEstimators
-from pattern_bench.pipeline.record import Record, begin, recorded
+from pattern_bench.pipeline.run_folder import RunFolder, begin, tracked
 from pattern_bench.pipeline.setup import Setup, prepare
 from pattern_bench.pipeline.stage import Done, Stage, run_stages
 from pattern_bench.results import schema
@@ -55,10 +55,10 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         check_methods(setup, methods)
         positions = draw_positions(setup)
     found_by = {"title": f"{setup.model_name}/{cfg.figure}", **setup.names, "figure": str(cfg.figure)}
-    with recorded(cfg, folder, begun, "gallery", found_by) as record:
-        done = run_stages(stages(setup, machine, methods, estimators, positions, record), progress, record)
+    with tracked(cfg, folder, begun, "gallery", found_by) as run_folder:
+        done = run_stages(stages(setup, machine, methods, estimators, positions, run_folder), progress, run_folder)
         title = "-".join([*setup.names.values(), str(cfg.figure)])
-        return record.end(SUMMARY, summary(setup, methods, estimators, done, progress), title)
+        return run_folder.end(SUMMARY, summary(setup, methods, estimators, done, progress), title)
 
 
 def _compared(cfg: DictConfig) -> tuple[dict[str, Estimator], dict[str, Any]]:
@@ -75,7 +75,7 @@ def stages(
     methods: Mapping[str, Any],
     estimators: Mapping[str, Estimator],
     positions: list[int],
-    record: Record,
+    run_folder: RunFolder,
 ) -> list[Stage[Any]]:
     """The gallery's stages, in the order they run."""
     compared = estimators or {setup.estimator.name: setup.estimator}
@@ -83,7 +83,7 @@ def stages(
     listed: list[Stage[Any]] = []
     if fitted and needs_patterns(methods, estimators):
         listed += [FitPatternsOfEstimators(setup, machine, fitted)]
-    return [*listed, ExplainImages(setup, machine, methods, estimators, positions), DrawGallery(setup, record)]
+    return [*listed, ExplainImages(setup, machine, methods, estimators, positions), DrawGallery(setup, run_folder)]
 
 
 def needs_patterns(methods: Mapping[str, Any], estimators: Mapping[str, Estimator]) -> bool:

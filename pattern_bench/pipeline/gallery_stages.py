@@ -24,7 +24,7 @@ from pattern_bench.pipeline.accuracy import why_no_accuracy
 from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.methods import Explainer, reference_images
 from pattern_bench.pipeline.patterns import PatternsByEstimator
-from pattern_bench.pipeline.record import Record
+from pattern_bench.pipeline.run_folder import RunFolder
 from pattern_bench.pipeline.setup import Setup
 from pattern_bench.pipeline.stage import Done, LeftOut, Result, Stage
 from pattern_bench.plotting import figures
@@ -242,20 +242,20 @@ class DrawGallery(Stage[Result]):
     """Draw the figure, and keep what it shows."""
 
     setup: Setup
-    folder: Record
+    run_folder: RunFolder
     name = "draw"
     title = "draw the figure"
 
     def run(self, done: Done, bar: Bar) -> Result:
-        gallery, setup, record = done[Gallery], self.setup, self.folder
+        gallery, setup, run_folder = done[Gallery], self.setup, self.run_folder
         figure = str(setup.cfg.figure)
         shown = ", ".join(column.title for column in gallery.columns)
-        record.picture(
+        run_folder.picture(
             f"figures/{figure}", f"{figure}.png", f"Explanations of {setup.model_name} on {setup.source.name}: {shown}",
             lambda file: figures.draw_panels(*_layout(figure, gallery), file, setup.cfg.percentile),
         )  # fmt: skip
         explained = {column.key: unit_scale(column.explanations).float() for column in gallery.columns}
-        record.tensors(TENSORS, {"images": gallery.images, **explained}, {**setup.names, "figure": figure})
+        run_folder.tensors(TENSORS, {"images": gallery.images, **explained}, {**setup.names, "figure": figure})
         return Result()
 
 

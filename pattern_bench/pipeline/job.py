@@ -21,9 +21,9 @@ from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.methods import check_method
 from pattern_bench.pipeline.moments import CollectProbe, CollectValidation
 from pattern_bench.pipeline.patterns import FitPatterns, FittedPatterns, signal_angles
-from pattern_bench.pipeline.record import Record, begin, is_complete, recorded
 from pattern_bench.pipeline.rho import MeasureClosedForm, probes
 from pattern_bench.pipeline.rho_table import Rho, SummariseRho
+from pattern_bench.pipeline.run_folder import RunFolder, begin, is_complete, tracked
 from pattern_bench.pipeline.setup import Setup, layer_setting, prepare
 from pattern_bench.pipeline.stage import Done, Stage, run_stages
 from pattern_bench.processes import collectives
@@ -51,25 +51,25 @@ def run(cfg: DictConfig, folder: Path) -> None:
         with progress.run("prepare", "prepare data and model") as bar:
             machine = Machine.from_settings(cfg, folder)
             setup = prepare(cfg, machine, bar, check)
-        with recorded(cfg, folder, begun, "job", found_by(setup)) as record:
-            run_recorded(setup, machine, progress, record)
+        with tracked(cfg, folder, begun, "job", found_by(setup)) as run_folder:
+            run_prepared(setup, machine, progress, run_folder)
 
 
-def run_recorded(setup: Setup, machine: Machine, progress: StageProgress, record: Record) -> None:
-    """Run every stage of a job that is set up, and end the record with its summary."""
-    record.csv("splits.csv", schema.split_table(setup.splits, set()))
+def run_prepared(setup: Setup, machine: Machine, progress: StageProgress, run_folder: RunFolder) -> None:
+    """Run every stage of a job that is set up, and end it with its summary."""
+    run_folder.csv("splits.csv", schema.split_table(setup.splits, set()))
     fingerprints = {name: setup.splits[name].fingerprint for name in SPLITS}
-    record.uses("data", setup.source.name, {"splits": fingerprints})
-    record.uses("weights", setup.model_name, {"fingerprint": setup.model_key})
-    done = run_stages(stages(setup, machine, record), progress, record)
-    record.csv("splits.csv", schema.split_table(setup.splits, set(done.unreadable)))
+    run_folder.uses("data", setup.source.name, {"splits": fingerprints})
+    run_folder.uses("weights", setup.model_name, {"fingerprint": setup.model_key})
+    done = run_stages(stages(setup, machine, run_folder), progress, run_folder)
+    run_folder.csv("splits.csv", schema.split_table(setup.splits, set(done.unreadable)))
     title = "-".join([*setup.names.values(), setup.estimator.name])
     took = progress.figures()
-    record.metrics({f"{title}/{stage}": value for what, of in took.items() for stage, value in of.items()})
-    terminal.show(record.end(SUMMARY, summary(setup, done, progress), title), progress.console)
+    run_folder.metrics({f"{title}/{stage}": value for what, of in took.items() for stage, value in of.items()})
+    terminal.show(run_folder.end(SUMMARY, summary(setup, done, progress), title), progress.console)
 
 
-def stages(setup: Setup, machine: Machine, record: Record) -> list[Stage[Any]]:
+def stages(setup: Setup, machine: Machine, run_folder: RunFolder) -> list[Stage[Any]]:
     """The job's stages, in the order they run. Each says itself where it has to be skipped."""
     listed: list[Stage[Any]] = [MeasureAccuracy(setup, machine), FitPatterns(setup, machine)]
     if not setup.estimator.has_pattern:
@@ -79,7 +79,7 @@ def stages(setup: Setup, machine: Machine, record: Record) -> list[Stage[Any]]:
             listed += [CollectProbe(setup, machine), CollectValidation(setup, machine)]
             listed += [MeasureClosedForm(setup, machine)]
         if "sgd" in probes(setup):
-            listed += [FitReaders(setup, machine, record), MeasureReaders(setup, machine)]
+            listed += [FitReaders(setup, machine, run_folder), MeasureReaders(setup, machine)]
         if setup.cfg.bootstrap.resamples:
             listed += [DrawImagesAgain(setup, machine)]
     return [*listed, SummariseRho(setup), Explain(setup, machine), Degrade(setup, machine)]

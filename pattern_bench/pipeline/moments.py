@@ -20,7 +20,7 @@ from pattern_bench.engine.statistics_streams import FiringStream, MomentStream
 from pattern_bench.engine.streams import WatchingStream
 from pattern_bench.errors import UserError
 from pattern_bench.pipeline.machine import Machine
-from pattern_bench.pipeline.record import Record
+from pattern_bench.pipeline.run_folder import RunFolder
 from pattern_bench.pipeline.run_pass import Visited, stream_over
 from pattern_bench.pipeline.setup import Setup
 from pattern_bench.pipeline.stage import Done, Result, Stage
@@ -257,8 +257,8 @@ class CollectProbe(Stage[ProbeStatistics]):
         uses = statistics_uses(self.setup, self.split, sums)
         return self.result(moments=moments, visited=visited, uses=uses)
 
-    def record(self, result: Statistics, record: Record) -> None:
-        record.uses("moments", f"{self.setup.model_name}-{self.setup.source.name}-{self.split}", result.uses)
+    def write(self, result: Statistics, run_folder: RunFolder) -> None:
+        run_folder.uses("moments", f"{self.setup.model_name}-{self.setup.source.name}-{self.split}", result.uses)
 
 
 class CollectValidation(CollectProbe):

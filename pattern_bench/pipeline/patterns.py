@@ -16,7 +16,7 @@ from pattern_bench.core.moments import Moments
 from pattern_bench.engine.progress import Bar
 from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.moments import SplitMoments, all_samples, collect, statistics_uses
-from pattern_bench.pipeline.record import Record
+from pattern_bench.pipeline.run_folder import RunFolder
 from pattern_bench.pipeline.setup import Setup
 from pattern_bench.pipeline.stage import Done, Result, Stage
 from pattern_bench.processes import collectives
@@ -110,22 +110,22 @@ class FitPatterns(Stage[FittedPatterns]):
             uses=statistics_uses(self.setup, "fit", sums),
         )  # fmt: skip
 
-    def record(self, result: FittedPatterns, record: Record) -> None:
+    def write(self, result: FittedPatterns, run_folder: RunFolder) -> None:
         setup, estimator = self.setup, self.setup.estimator
         about = {**setup.names, "estimator": estimator.name}
         if result.skipped is not None:
-            record.tensors("patterns.safetensors", {}, {**about, "reason": result.skipped})
+            run_folder.tensors("patterns.safetensors", {}, {**about, "reason": result.skipped})
             return
-        record.uses("moments", f"{setup.model_name}-{setup.source.name}-fit", result.uses)
+        run_folder.uses("moments", f"{setup.model_name}-{setup.source.name}-fit", result.uses)
         fit = setup.splits["fit"]
-        record.tensors(
+        run_folder.tensors(
             "patterns.safetensors",
             pattern_tensors(result.shaped),
             {**about, "split": "fit", "images": str(len(fit)), "seed": str(setup.cfg.seed),
              "model_fingerprint": setup.model_key, **weight_digests.metadata(setup.belongs_to)},
         )  # fmt: skip
         fitted = {"estimator": estimator.name, "model": setup.model_key, "images": fit.fingerprint}
-        record.uses("patterns", "-".join(about.values()), fitted, "patterns.safetensors")
+        run_folder.uses("patterns", "-".join(about.values()), fitted, "patterns.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ import pandas as pd
 from pattern_bench.engine.progress import Bar
 from pattern_bench.pipeline.bootstrap import Bootstrap
 from pattern_bench.pipeline.descent import DescentRho, FittedReaders
-from pattern_bench.pipeline.record import Record
 from pattern_bench.pipeline.rho import ClosedFormRho, difference, probes
+from pattern_bench.pipeline.run_folder import RunFolder
 from pattern_bench.pipeline.setup import Setup
 from pattern_bench.pipeline.stage import Done, Result, Stage
 from pattern_bench.plotting.figures import draw_rho
@@ -65,10 +65,10 @@ class SummariseRho(Stage[Rho]):
         first = table[table.probe == probes(self.setup)[0]]
         return Rho(table=table, first=first, bootstrap=bootstrap, summary=summarise_rho(first, bootstrap), how=how)
 
-    def record(self, result: Rho, record: Record) -> None:
-        record.csv("rho.csv", result.table)
+    def write(self, result: Rho, run_folder: RunFolder) -> None:
+        run_folder.csv("rho.csv", result.table)
         means = [("", result.summary["all"]), *((f"{of['layer']}/", of) for of in result.summary["layers"])]
-        record.metrics(
+        run_folder.metrics(
             {
                 f"rho/{place}{figure}": layer[figure]
                 for place, layer in means
@@ -77,11 +77,11 @@ class SummariseRho(Stage[Rho]):
             }
         )
         for layer, rows in result.first.groupby("layer", sort=False):
-            record.distribution(f"rho/{layer}/distribution", rows.rho)
-        record.table("rho", result.table)
+            run_folder.distribution(f"rho/{layer}/distribution", rows.rho)
+        run_folder.table("rho", result.table)
         if len(result.bootstrap):
-            record.table("bootstrap", result.bootstrap)
+            run_folder.table("bootstrap", result.bootstrap)
         about = f"{self.setup.model_name} on {self.setup.source.name}, {self.setup.estimator.name}"
-        record.picture(
+        run_folder.picture(
             "figures/rho", "rho.png", f"ρ(S) of {about}", lambda file: draw_rho(result.table, file, result.bootstrap)
         )

@@ -29,7 +29,7 @@ from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.methods import check_methods, methods_shown
 from pattern_bench.pipeline.patterns import FitPatternsOfEstimators
 from pattern_bench.pipeline.randomisation import Randomisation, RandomiseLayers
-from pattern_bench.pipeline.record import Record, begin, recorded
+from pattern_bench.pipeline.run_folder import RunFolder, begin, tracked
 from pattern_bench.pipeline.sanity_rows import COLUMNS, MEASURES
 from pattern_bench.pipeline.setup import Setup, prepare
 from pattern_bench.pipeline.stage import Done, Result, Stage, run_stages
@@ -79,9 +79,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         checked = Checked(methods, images, _images(setup.splits["fit"], cfg.refit, "refit") if refits else None)
     names = {**setup.names, "estimator": setup.estimator.name}
     found_by = {"title": f"{setup.model_name}/{setup.estimator.name}/sanity", **names}
-    with recorded(cfg, folder, begun, "sanity", found_by) as record:
-        done = run_stages(stages(setup, machine, checked), progress, record)
-        return record.end(SUMMARY, summary(setup, checked, done, progress), "-".join([*names.values(), "sanity"]))
+    with tracked(cfg, folder, begun, "sanity", found_by) as run_folder:
+        done = run_stages(stages(setup, machine, checked), progress, run_folder)
+        return run_folder.end(SUMMARY, summary(setup, checked, done, progress), "-".join([*names.values(), "sanity"]))
 
 
 def _images(split: Split, count: int, setting: str) -> Tensor:
@@ -135,9 +135,9 @@ class LayTogether(Stage[SanityTable]):
         by = [name if kind_of(methods[method]).needs_patterns else "none" for method in table.method]
         return SanityTable(table=table.assign(**self.setup.names, estimator=by)[list(COLUMNS)])
 
-    def record(self, result: SanityTable, record: Record) -> None:
+    def write(self, result: SanityTable, run_folder: RunFolder) -> None:
         table, setup = result.table, self.setup
-        record.csv("sanity.csv", table)
+        run_folder.csv("sanity.csv", table)
         title = f"{setup.model_name} on {setup.source.name} (n = {len(self.checked.images)})"
         if self.checked.needs_patterns:
             title += f", patterns {formula(setup.estimator.name)}"
@@ -151,8 +151,8 @@ class LayTogether(Stage[SanityTable]):
                 draw = functools.partial(
                     figures.draw_similarity, part, title=title + more, xlabel=xlabel, ylabels=ylabels
                 )
-                record.picture(f"figures/{check}", f"{check}.png", f"{check} of {title}{more}", draw)
-        record.table("sanity", table)
+                run_folder.picture(f"figures/{check}", f"{check}.png", f"{check} of {title}{more}", draw)
+        run_folder.table("sanity", table)
 
 
 def summary(setup: Setup, checked: Checked, done: Done, progress: StageProgress) -> dict[str, Any]:

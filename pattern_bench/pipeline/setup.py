@@ -29,8 +29,8 @@ from pattern_bench.data.base import Source
 from pattern_bench.data.splits import Split, Unreadable, make_splits
 from pattern_bench.engine.progress import Bar
 from pattern_bench.errors import UserError
+from pattern_bench.methods import by_name as methods_by_name
 from pattern_bench.methods.base import kind_of
-from pattern_bench.methods.patterns import LrpZ, PatternAttribution
 from pattern_bench.metrics.degradation import ORDERS, REPLACEMENTS
 from pattern_bench.models.base import ModelSource, fingerprint
 from pattern_bench.pipeline.machine import Machine
@@ -157,7 +157,8 @@ def prepare(cfg: DictConfig, machine: Machine, bar: Bar, check: Callable[[Setup]
 
 
 def _method(cfg: DictConfig, estimator: Estimator) -> tuple[Any, bool]:
-    """The method to explain with, and whether it is the estimator's. Under S_x, PatternAttribution is the z-rule.
+    """The method to explain with, and whether it is the estimator's. An estimator without patterns, S_x, may have
+    another in its place.
 
     Raises:
         UserError: where it needs patterns and the estimator has none.
@@ -168,8 +169,8 @@ def _method(cfg: DictConfig, estimator: Estimator) -> tuple[Any, bool]:
         return method, False
     if estimator.has_pattern:
         return method, True
-    if kind is PatternAttribution:
-        return LrpZ, True
+    if kind.without_patterns:
+        return methods_by_name()[kind.without_patterns], True
     raise UserError(
         f"method={kind.name} needs patterns, and estimator={estimator.name} has none: choose another "
         "estimator, or a method without patterns such as lrp_z"

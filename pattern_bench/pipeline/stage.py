@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from pattern_bench.engine.progress import Bar, StageProgress
-from pattern_bench.pipeline.record import Record
+from pattern_bench.pipeline.run_folder import RunFolder
 from pattern_bench.pipeline.run_pass import Visited
 
 
@@ -89,11 +89,11 @@ class Stage(ABC, Generic[R]):
         """The result where the stage is skipped, which later stages and the summary read."""
         raise NotImplementedError(f"{type(self).__name__} is never skipped, but now: {reason}")
 
-    def record(self, result: R, record: Record) -> None:
+    def write(self, result: R, run_folder: RunFolder) -> None:
         """Write the result: its files, metrics, pictures and tables. By default there are none."""
 
 
-def run_stages(stages: Iterable[Stage[Any]], progress: StageProgress, record: Record) -> Done:
+def run_stages(stages: Iterable[Stage[Any]], progress: StageProgress, run_folder: RunFolder) -> Done:
     """Run the stages, and write each one's result as soon as it is known."""
     done = Done()
     for stage in stages:
@@ -113,5 +113,5 @@ def run_stages(stages: Iterable[Stage[Any]], progress: StageProgress, record: Re
             some = ", ".join(fresh[:5]) + (" …" if len(fresh) > 5 else "")
             count = "1 image" if len(fresh) == 1 else f"{len(fresh)} images"
             progress.say(f"{count} cannot be read and are left out: {some}")
-        stage.record(result, record)
+        stage.write(result, run_folder)
     return done

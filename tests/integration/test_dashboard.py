@@ -161,7 +161,7 @@ def test_the_keys_are_those_of_a_run_of_the_job(run_job, monkeypatch, written):
         configs.append({"names": names})
         return Recording()
 
-    monkeypatch.setattr("pattern_bench.pipeline.record.track", track)
+    monkeypatch.setattr("pattern_bench.pipeline.run_folder.track", track)
     run_job(*FEW, "estimator=a")
     content, _ = written
     view = ws.Workspace._from_model(View.model_validate(content["workspaces"][3]))

@@ -637,7 +637,7 @@ def test_weights_that_are_no_numbers_are_refused_before_anything(run_job, traine
     weights = load_file(file)
     weights["features.5.weight"][3, 2, 1, :2] = float(value)
     save_file(weights, tmp_path / "weights.safetensors")
-    monkeypatch.setattr("pattern_bench.pipeline.job.run_recorded", None)
+    monkeypatch.setattr("pattern_bench.pipeline.job.run_prepared", None)
     expected = r"layer features.5 has NaN or Inf in 2 of 4608 values of its weight: give other weights"
     with pytest.raises(UserError, match=expected):
         run_job(*SMALL, f"model.weights={tmp_path / 'weights.safetensors'}")
@@ -900,7 +900,7 @@ def test_files_that_vanish_or_are_spoilt_during_a_run_are_left_out_and_named(
         for name in spoilt:
             (root / name).write_bytes(b"\xff\xd8\xff no JPEG after all")
 
-    before(monkeypatch, "pattern_bench.pipeline.job.run_recorded", spoil)
+    before(monkeypatch, "pattern_bench.pipeline.job.run_prepared", spoil)
     before(
         monkeypatch, "pattern_bench.pipeline.moments.collect", lambda: [(root / name).unlink() for name in later],
         lambda setup, machine, split, *_: split == "validation",

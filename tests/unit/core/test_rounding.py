@@ -125,7 +125,7 @@ def test_everything_from_python_computes_exactly(tmp_path):
 @pytest.mark.parametrize(("setting", "expected"), [("false", EXACT), ("true", TF32)])
 def test_a_job_computes_as_its_setting_says(run_job, monkeypatch, setting, expected):
     found = []
-    monkeypatch.setattr("pattern_bench.pipeline.job.run_recorded", lambda *_: found.append(said()))
+    monkeypatch.setattr("pattern_bench.pipeline.job.run_prepared", lambda *_: found.append(said()))
     before = said()
     run_job("data.limit=60", "quiet=true", "model.training.epochs=1", f"trainer.tf32={setting}")
     assert found == [expected]

@@ -1,4 +1,4 @@
-"""What a run leaves: files in its folder, and their copies in the tracker. Only the first process leaves anything."""
+"""A run's folder: the files that it leaves there, and their copies in the tracker. The first process alone writes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from pattern_bench.tracking.base import Tracker
 from pattern_bench.tracking.start import check, track
 
 
-class Record:
-    """Files of a run by name, and the same in the tracker.
+class RunFolder:
+    """Writes the results of a run: files into its folder, and the same to the tracker.
 
     Args:
         folder: the run's.
@@ -42,20 +42,22 @@ class Record:
         self.files = {CONFIG: folder / CONFIG}
 
     def csv(self, name: str, table: pd.DataFrame) -> None:
+        """Write a table to the file ``name``."""
         if self.tracker is not None:
             write_csv(self._file(name), table)
 
     def json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write plain data to the file ``name``."""
         if self.tracker is not None:
             write_json(self._file(name), content)
 
     def tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Not among the files that ``end`` gives to the tracker: tensors may have gigabytes."""
+        """Write tensors to the file ``name``, which the tracker is not given: tensors may have gigabytes."""
         if self.tracker is not None:
             write_tensors(self.folder / name, tensors, metadata)
 
     def picture(self, name: str, file: str, caption: str, draw: Callable[[Path], Any]) -> None:
-        """Lets ``draw`` make a picture, unless it returns False because there is nothing to draw."""
+        """Let ``draw`` make a picture, unless it returns False because there is nothing to draw."""
         if self.tracker is not None and draw(self.folder / file) is not False:
             self.tracker.image(name, self._file(file), caption)
 
@@ -65,27 +67,32 @@ class Record:
         return self.tracker is not None and self.tracker.listens
 
     def metrics(self, values: Mapping[str, float]) -> None:
+        """Tell the tracker numbers that the run ends with, by name."""
         if self.tracker is not None:
             self.tracker.metrics(values)
 
     def curve(self, name: str, at: int, values: Mapping[str, float]) -> None:
+        """Tell the tracker a point of the curves ``name/KEY``, at the step ``at``."""
         if self.tracker is not None:
             self.tracker.curve(name, at, values)
 
     def table(self, name: str, table: pd.DataFrame) -> None:
+        """Show a table in the tracker."""
         if self.tracker is not None:
             self.tracker.table(name, table)
 
     def distribution(self, name: str, values: Iterable[float]) -> None:
+        """Show a histogram of values in the tracker."""
         if self.tracker is not None:
             self.tracker.distribution(name, values)
 
     def uses(self, kind: str, name: str, about: Mapping[str, Any], file: str | None = None) -> None:
+        """Tell the tracker what the results depend on: an artifact of a kind, what is known of it, and its file."""
         if self.tracker is not None:
             self.tracker.uses(kind, name, about, None if file is None else self.folder / file)
 
     def end(self, name: str, summary: Mapping[str, Any], title: str) -> dict[str, Any]:
-        """Ends the run, with all processes: the file ``name``, which says that it is complete, comes last.
+        """End the run, with all processes: the file ``name``, which says that it is complete, comes last.
 
         Args:
             name: of the file.
@@ -111,7 +118,7 @@ class Record:
 
 
 def begin(cfg: DictConfig, folder: Path, mark: str) -> tuple[dict[str, Any], str]:
-    """Opens a run's folder: checks that results can be written before anything is computed, unmakes the ``mark`` of an
+    """Open a run's folder: checks that results can be written before anything is computed, unmakes the ``mark`` of an
     earlier run's end, and writes the configuration down.
 
     Returns:
@@ -150,16 +157,16 @@ def _run_id(folder: Path) -> str:
 
 
 @contextmanager
-def recorded(
+def tracked(
     cfg: DictConfig, folder: Path, begun: tuple[dict[str, Any], str], job: str, names: Mapping[str, str]
-) -> Iterator[Record]:
-    """Within, the record of a run that was begun, with its tracker in the first process."""
+) -> Iterator[RunFolder]:
+    """Within, the folder of a run that was begun, with its tracker in the first process."""
     config, run_id = begun
     if not collectives.first():
-        yield Record(folder, None, run_id)
+        yield RunFolder(folder, None, run_id)
         return
     with track(cfg.logger, folder, run_id, job, names, config) as tracker:
-        yield Record(folder, tracker, run_id)
+        yield RunFolder(folder, tracker, run_id)
 
 
 def is_complete(cfg: DictConfig, folder: Path, mark: str) -> bool:
