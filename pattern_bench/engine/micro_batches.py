@@ -43,7 +43,7 @@ class MicroBatches:
     """What helps where a single image is too much, besides another device."""
 
     def in_parts(self, images: int, take: Callable[[slice], object]) -> None:
-        """Lets ``take`` take in so many images, part by part: each wholly, or, where memory is too small, not at all.
+        """Let ``take`` take in so many images, part by part: each wholly, or, where memory is too small, not at all.
 
         Raises:
             UserError: where memory is too small for a single image.
@@ -57,7 +57,7 @@ class MicroBatches:
                 self.halve(part.stop - part.start)
 
     def halve(self, images: int) -> None:
-        """Takes half of so many images at once from now on.
+        """Take half of so many images at once from now on.
 
         Raises:
             UserError: where that was one image.
@@ -70,6 +70,7 @@ class MicroBatches:
             torch.cuda.empty_cache()
 
     def too_small(self, what: str = "a single image") -> UserError:
+        """The error that the memory is too small for ``what``, with the remedy."""
         return UserError(
             f"the device's memory is too small for {what}: {self.remedy}, or use a device with more of it (trainer=cpu)"
         )

@@ -45,17 +45,18 @@ class Bar:
     images: int = 0
 
     def start(self, total: int, detail: str = "", unit: str = "") -> None:
-        """Begins again at 0 of ``total``; ``detail`` stands beside the stage's name."""
+        """Begin again at 0 of ``total``; ``detail`` stands beside the stage's name."""
         self.unit = unit
         self.progress.reset(self.task, total=total, detail=detail, unit=unit, done=0)
 
     def add_images(self, images: int, done: int) -> None:
-        """So many more images to come, some of them done already."""
+        """Add so many images to those to come, some of them done already."""
         task = self.progress.tasks[self.task]
         total, before = (task.total or 0) + images, task.fields["done"] + done
         self.progress.update(self.task, total=total, advance=done, done=before)
 
     def advance(self, by: int = 1, detail: str | None = None) -> None:
+        """Move on by so much; ``detail`` replaces what stands beside the stage's name."""
         fields: dict[str, Any] = {} if detail is None else {"detail": detail}
         self.progress.update(self.task, advance=by, **fields)
 
@@ -115,7 +116,7 @@ class StageProgress:
 
     @contextmanager
     def run(self, name: str, title: str) -> Iterator[Bar]:
-        """Shows ``title`` while the body runs, and measures it under ``name``."""
+        """Show ``title`` while the body runs, and measures it under ``name``."""
         columns = (
             TextColumn("{task.description:<34}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=12),

@@ -20,20 +20,23 @@ from pattern_bench.errors import UserError
 
 @dataclass
 class Seen:
-    """What a pass over a split met: images used, and positions of those left out."""
+    """What one process has seen of a split: how many images were used, and positions of those that cannot be read."""
 
     images: int = 0
     unreadable: list[int] = field(default_factory=list)
 
     def add(self, batch: Batch) -> None:
+        """Count a batch."""
         self.images += 0 if batch.images is None else len(batch.images)
         self.unreadable += map(int, batch.unreadable)
 
     def tensors(self) -> dict[str, Tensor]:
+        """As tensors by name, for a file."""
         return {"seen/images": torch.tensor(self.images), "seen/unreadable": torch.tensor(self.unreadable).long()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Seen:
+        """From what :meth:`tensors` gave."""
         return cls(int(tensors["seen/images"]), tensors["seen/unreadable"].tolist())
 
 

@@ -51,6 +51,7 @@ class Checked:
 
     @property
     def needs_patterns(self) -> bool:
+        """Whether any of the methods shows patterns."""
         return any(kind_of(method).needs_patterns for method in self.methods.values())
 
 

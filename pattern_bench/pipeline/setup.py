@@ -82,6 +82,7 @@ class Setup:
 
     @property
     def method_name(self) -> str:
+        """As it stands in the results."""
         return kind_of(self.method).name
 
     def loader(self, split: Split, positions: Iterable[int], batch_size: int | None = None) -> DataLoader:
