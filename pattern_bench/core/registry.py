@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -25,8 +26,14 @@ def classes_by_name(base: type[T], package: str) -> dict[str, type[T]]:
     """
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
         importlib.import_module(module.name)
-    own = [kind for kind in _below(base) if kind.__module__.startswith(f"{package}.") and "name" in vars(kind)]
+    own = [kind for kind in _below(base) if "name" in vars(kind) and _stands_in(package, kind)]
     return {kind.name: kind for kind in sorted(own, key=lambda kind: (kind.place, kind.name))}
+
+
+def _stands_in(package: str, kind: type) -> bool:
+    """Whether a module of the package has the class, which none has that a function or an example defines."""
+    module = sys.modules.get(kind.__module__)
+    return kind.__module__.startswith(f"{package}.") and getattr(module, kind.__name__, None) is kind
 
 
 def _below(base: Any) -> list[Any]:
