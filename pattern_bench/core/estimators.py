@@ -77,6 +77,8 @@ class Estimator:
     """In tables and legends: lower stands first, equal ones by name."""
     colour: ClassVar[str | None] = None
     """In every figure, a key of ``plotting.styles.COLOURS``; None for one that no other estimator has."""
+    baseline: ClassVar[bool] = False
+    """Whether its patterns are drawn at random, so that no value of its ρ is better than another."""
     from_data: ClassVar[bool] = False
     """Whether the pattern depends on the data, and not on the weights alone."""
     has_pattern: bool = True
@@ -117,6 +119,7 @@ class Random(Estimator):
     name = "random"
     place = 0
     colour = "blue"
+    baseline = True
 
     def fit(self, weight: Tensor, moments: Moments, generator: torch.Generator) -> Pattern:
         v = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)

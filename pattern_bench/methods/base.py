@@ -60,6 +60,9 @@ class Method:
     after ``signal, `` where it shows one, unless a class says otherwise."""
     place: ClassVar[int] = 99
     """In tables and legends: lower stands first, equal ones by name."""
+    line: ClassVar[str] = "solid"
+    """How its curves are drawn where it uses patterns, in the colour of their estimator: a key of
+    ``plotting.styles.LINES``."""
     kind: ClassVar[str]
     """``function``, ``signal`` or ``attribution``: what the explanation shows."""
     needs_patterns: ClassVar[bool] = False

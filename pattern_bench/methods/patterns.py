@@ -198,6 +198,7 @@ class PatternNet(_PatternMethod):
     label = "PatternNet"
     panel = "signal"
     place = 1
+    line = "dash-dotted"
     kind = "signal"
 
     @staticmethod

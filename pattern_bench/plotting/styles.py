@@ -20,6 +20,10 @@ _FIRST_FREE = 6
 """In ``PALETTE``: where the colours of estimators begin that give none."""
 GREY = "#737373"
 SOLID, DASHED, DOTTED, DASH_DOTTED = (), (5.0, 2.0), (1.0, 1.5), (6.0, 2.0, 1.0, 2.0)
+LINES: dict[str, tuple[float, ...]] = {
+    "solid": SOLID, "dashed": DASHED, "dotted": DOTTED, "dash-dotted": DASH_DOTTED,
+}  # fmt: skip
+"""By the name that a method gives as its ``line``: dashes and gaps, in multiples of a curve's width."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def curve_styles(curves: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Sty
             place = free.index(method)
             styles[name, method] = Style(PALETTE[others[place % 9]], DASHED if place < 9 else DASH_DOTTED)
         else:
-            styles[name, method] = Style(colours[name], DASH_DOTTED if method.startswith("pattern_net") else SOLID)
+            facts = declared.methods().get(method.split(",")[0])
+            styles[name, method] = Style(colours[name], LINES[facts.line] if facts else SOLID)
     return styles
 
 

@@ -15,7 +15,8 @@ from scipy.stats import t as student
 from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, ROUNDING, Cell, Gathered
 from pattern_bench.reporting.runs import Run
 from pattern_bench.reporting.tables import area_intervals, areas
-from pattern_bench.results.labels import ordered
+from pattern_bench.results import declared
+from pattern_bench.results.labels import RANDOM_ORDER, ordered
 from pattern_bench.results.schema import LAYER, of_same_neurons
 
 RESAMPLES = 2000
@@ -59,7 +60,8 @@ class Change:
         """Return how B stands to A: a change is clear where the whole interval, and more than rounding, speaks for."""
         if self.note:
             return self.note
-        if self.names.get("estimator") == "random" or self.names.get("method", "").startswith("random_order"):
+        estimator = declared.estimators().get(self.names.get("estimator", ""))
+        if (estimator and estimator.baseline) or self.names.get("method", "").startswith(RANDOM_ORDER):
             return BASELINE
         if abs(self.b - self.a) <= ROUNDING * max(abs(self.a), abs(self.b)) + 1e-6:
             return SAME

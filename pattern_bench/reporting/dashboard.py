@@ -26,9 +26,8 @@ from pattern_bench.plotting.styles import estimator_colours
 from pattern_bench.reporting.gathering import CELL, latest
 from pattern_bench.reporting.runs import Found, Run, read_runs
 from pattern_bench.reporting.tables import COMPLETE, rho_table
-from pattern_bench.results.labels import ordered, plain
+from pattern_bench.results.labels import RANDOM_ORDER, ordered, plain
 
-RANDOM = "random_order"
 PICTURES = ("explanations", "fig1", "fig4b", "fig5", "randomisation", "convergence")
 """Of the job, of galleries and of sanity checks."""
 UNFILTERABLE = set("'=<>\\\n")
@@ -101,7 +100,7 @@ def measured(folders: Sequence[str]) -> dict[Setting, Measured]:
         places = run.rho.drop_duplicates("layer")
         here.layers |= dict(zip(places.layer, places.layer_index, strict=True))
         curves = run.degradation.drop_duplicates("method")[["method", "estimator"]].itertuples(index=False)
-        here.curves |= {method: who != "none" for method, who in curves if not method.startswith(RANDOM)}
+        here.curves |= {method: who != "none" for method, who in curves if not method.startswith(RANDOM_ORDER)}
     for setting, here in found.items():
         here.same_neurons = same_neurons(runs_of[setting])
     return dict(sorted(found.items()))
@@ -151,7 +150,7 @@ def fig4a(here: Measured) -> list[Any]:
     if len(here.curves) > len(with_patterns):
         panels.append(_lines("Fig. 4a: all methods", here.curves))
     if panels:
-        areas = [f"area_over_curve/{method}" for method in (*here.curves, RANDOM)]
+        areas = [f"area_over_curve/{method}" for method in (*here.curves, RANDOM_ORDER)]
         panels.append(_bars("Area over the curve: larger is better", areas, width=24))
     return panels
 
@@ -177,7 +176,7 @@ def _bars(title: str, metrics: list[Any], width: int) -> Any:
 def _lines(title: str, methods: Iterable[str]) -> Any:
     """A line per method and estimator: runs of another method have nothing to add to it."""
     return wr.LinePlot(
-        title=title, x="degradation/step", y=[f"degradation/{method}" for method in (*methods, RANDOM)],
+        title=title, x="degradation/step", y=[f"degradation/{method}" for method in (*methods, RANDOM_ORDER)],
         title_x="patches replaced", title_y="mean probability", smoothing_type="none",
         groupby=wr.Config("names.estimator"), groupby_aggfunc="mean", groupby_rangefunc="minmax",
         max_runs_to_show=MANY, layout=wr.Layout(w=12, h=10),

@@ -15,7 +15,7 @@ import pandas as pd
 
 from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, Cell, Conflict, Gathered
 from pattern_bench.reporting.runs import Run
-from pattern_bench.results.labels import ordered
+from pattern_bench.results.labels import RANDOM_ORDER, ordered, plain
 from pattern_bench.results.schema import as_cell, in_cells, of_same_neurons, standard_errors, write_csv
 from pattern_bench.storage.atomic import write_file
 
@@ -110,7 +110,7 @@ def degradation_table(degradation: pd.DataFrame, intervals: Intervals, missing: 
 
 def _title(estimator: str, method: str, several: bool) -> str:
     if estimator == "none":
-        return method.replace("random_order", "random order")
+        return method.replace(RANDOM_ORDER, plain(RANDOM_ORDER))
     return f"{estimator} {method}" if several else estimator
 
 

@@ -25,6 +25,8 @@ class Facts:
     math_label: str
     place: int = 99
     colour: str | None = None
+    line: str = "solid"
+    baseline: bool = False
     has_pattern: bool = True
     needs_patterns: bool = False
     without_patterns: str = ""

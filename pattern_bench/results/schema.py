@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from pattern_bench.results.labels import RANDOM_ORDER
 from pattern_bench.storage.atomic import write_file
 
 if TYPE_CHECKING:  # the report starts a second earlier without them
@@ -131,7 +132,7 @@ def area_rows(
 
 
 def _whose(method: str, estimator: str) -> str:
-    return "none" if method.startswith("random_order") else estimator
+    return "none" if method.startswith(RANDOM_ORDER) else estimator
 
 
 def pattern_tensors(patterns: Mapping[str, Pattern]) -> dict[str, Tensor]:

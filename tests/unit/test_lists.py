@@ -6,7 +6,7 @@ from helpers.paths import ROOT
 
 from pattern_bench import methods
 from pattern_bench.core import estimators
-from pattern_bench.plotting.styles import COLOURS
+from pattern_bench.plotting.styles import COLOURS, LINES
 
 CONF = ROOT / "conf"
 ESTIMATORS, METHODS = estimators.by_name(), methods.by_name()
@@ -109,3 +109,9 @@ def test_passes_tell_which_methods_take_many():
         "prediction_difference": "hundreds",
     }  # fmt: skip
     assert all(kind.many_passes == (kind.passes != "one") for kind in METHODS.values())
+
+
+def test_methods_with_patterns_have_lines_of_their_own():
+    lines = [kind.line for kind in METHODS.values() if kind.needs_patterns]
+    assert len(set(lines)) == len(lines)
+    assert set(lines) <= set(LINES)
