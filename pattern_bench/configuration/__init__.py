@@ -1,1 +1,1 @@
-"""Settings: where they are, what they build, what they reach, and what a folder may say of them."""
+"""Settings: where they are, how they are checked, what they build, and which results depend on them. See README.md."""

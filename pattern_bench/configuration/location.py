@@ -1,4 +1,4 @@
-"""Where the configuration files are: in an installed package within it, in a checkout beside it."""
+"""The folder of the configuration files: within an installed package, beside it in a checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the folder of an earlier run may say of the next: settings, and never what is imported or run.
+"""The overrides that a run takes from the folder of an earlier one: settings, and never what is imported or run.
 
 A run's folder may come from somebody else. Of its overrides, each is parsed as Hydra will, and judged by the key and
 value that come of it. What a user gives on the command line is the user's own, and takes the place of the folder's.
@@ -22,7 +22,7 @@ from pattern_bench.storage.untrusted import UNREADABLE, read_yaml
 
 OVERRIDES = Path(".hydra") / "overrides.yaml"
 MOST_SHOWN = 200
-"""Characters of an override in a message."""
+"""Characters of an override in a message, at most."""
 # Names that configurations give their own meaning: what is imported (model.path is imported and called, wherever it
 # comes to stand), whether that is checked, and Hydra's and OmegaConf's own keys, such as _target_ and _recursive_.
 _RESERVED = re.compile(r"path|allow_any_target|_\w*_")
@@ -31,10 +31,10 @@ _PACKAGED = re.compile(r"method@methods\.\w+|estimator@estimators\.\w+")
 
 
 def resumed_overrides(folder: str, given: Sequence[str], module: str) -> list[str]:
-    """The overrides of the run in ``folder``, but for those that are ``given`` anew.
+    """Return the overrides of the run in a folder, but for those that are given anew.
 
     Args:
-        folder: the run's.
+        folder: of the earlier run.
         given: the command line, without ``resume=``.
         module: that it starts, for the remedy.
 
@@ -50,8 +50,8 @@ def resumed_overrides(folder: str, given: Sequence[str], module: str) -> list[st
         )
     check_links(folder)
     try:
-        found = read_yaml(file)
-        if not isinstance(found, list):
+        overrides = read_yaml(file)
+        if not isinstance(overrides, list):
             raise ValueError("it is no list")
     except UNREADABLE as error:
         raise UserError(
@@ -59,7 +59,7 @@ def resumed_overrides(folder: str, given: Sequence[str], module: str) -> list[st
             "give the settings on the command line, with hydra.run.dir=DIR"
         ) from error
     new = {key_of(argument) for argument in given}
-    kept = [text for text in map(str, found) if key_of(text) not in new]
+    kept = [text for text in map(str, overrides) if key_of(text) not in new]
     if refused := [text for text in kept if not may_be_taken(text)]:
         again = shell_command(["python", "-m", module, f"resume={folder}", *given, *refused])
         raise UserError(
@@ -70,9 +70,18 @@ def resumed_overrides(folder: str, given: Sequence[str], module: str) -> list[st
 
 
 def may_be_taken(text: str, swept: bool = False) -> bool:
-    """Whether an override is one that a folder may bring: it parses as a single setting (or where it is ``swept``, as
-    several), and neither names code, flags, Hydra's own settings or files of configurations, nor has an interpolation,
-    which could read the environment."""
+    """Whether a folder may bring an override.
+
+    It must parse as a single setting, and neither name code, flags, Hydra's own settings or files of configurations,
+    nor have an interpolation, which could read the environment.
+
+    >>> [may_be_taken(text) for text in ("seed=1", "model._target_=os.system", "data.root=${oc.env:HOME}")]
+    [True, False, False]
+
+    Args:
+        text: the override.
+        swept: whether it may stand for several values, as in ``seed=1,2``.
+    """
     override = _parsed(text)
     if override is None or (override.is_sweep_override() and not swept):
         return False
@@ -92,12 +101,16 @@ def may_be_taken(text: str, swept: bool = False) -> bool:
 
 
 def is_override(text: str) -> bool:
-    """Whether Hydra understands it as an override; flags are none."""
+    """Whether Hydra understands a text as an override; flags are none."""
     return _parsed(text) is not None
 
 
 def key_of(text: str) -> str:
-    """What an override sets, however it is written."""
+    """Return the setting of an override, however it is written.
+
+    >>> key_of("seed=1"), key_of("+sweep=fig3"), key_of("~model.training")
+    ('seed', 'sweep', 'model.training')
+    """
     override = _parsed(text)
     if override is None:
         return text.lstrip("+~").split("=")[0]
@@ -105,25 +118,35 @@ def key_of(text: str) -> str:
 
 
 def folder_of(argument: str) -> str:
-    """The folder that ``resume=FOLDER`` means: as a shell gives it, or as Hydra would read it."""
+    """Return the folder in ``resume=FOLDER``, as a shell gives it or as Hydra would read it.
+
+    >>> folder_of("resume='runs/a b'")
+    'runs/a b'
+    """
     text = argument.removeprefix("resume=")
     override = None if Path(text).is_dir() else _parsed(argument)
     return str(override.value()) if override is not None and isinstance(override.value(), str) else text
 
 
 def quoted(text: str) -> str:
-    """``text`` as a value in Hydra's grammar of overrides that stands for exactly this."""
+    """Quote a text for Hydra's grammar of overrides, so that it stands for exactly this.
+
+    >>> quoted("it's")
+    "'it\\\\'s'"
+    """
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
     return "'" + re.sub(r"(\\*)\$\{", r"\1\1\\${", escaped) + "'"
 
 
 def check_links(folder: str) -> None:
-    """What a job writes into its folder is not to land elsewhere.
+    """Check that what a job writes into a folder will not land elsewhere.
+
+    W&B's own folder is left out: it links to files of the run by their absolute paths, which change with the folder,
+    and writes through none of them.
 
     Raises:
-        UserError: where the folder holds a link that leads out of it, or settings for W&B. (W&B's own folder links to
-            files of the run's by their absolute paths, which change with the folder; it writes through none of them.)
+        UserError: where the folder holds a link that leads out of it, or settings for W&B.
     """
     root = os.path.realpath(folder)
     for place, folders, files in os.walk(root):
@@ -153,7 +176,7 @@ def _parsed(text: str) -> Override | None:
 
 
 def _value(override: Override) -> Any:
-    """What it sets; of a choice, the list of all."""
+    """The value of an override; of a choice, the list of all."""
     value = override.value()
     if isinstance(value, ChoiceSweep):
         return [Override._convert_value(each) for each in value.list]
@@ -189,5 +212,9 @@ def _shown(text: str) -> str:
 
 
 def shell_command(arguments: Sequence[str]) -> str:
-    """A line that a shell takes for these words, and a terminal for a line."""
+    """Join words into a line that a shell takes for these words, and a terminal for one line.
+
+    >>> shell_command(["python", "-m", "pattern_bench", "resume=a b"])
+    "python -m pattern_bench 'resume=a b'"
+    """
     return shlex.join(map(_shown, arguments))

@@ -1,4 +1,4 @@
-"""What a data set is to the suite: one pool of images, or two where validation images are set apart already."""
+"""The interface of data sets: one pool of images, or two where validation images are set apart already."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Pool:
-    """Images with names, and labels where they have some.
+    """Images with names, and labels where they have some. Base of the pools, one for each kind of storage.
 
     Attributes:
-        ids: one name per image (a file's path below the root, or an index).
-        labels: one class index (or regression target) per image, or None.
+        ids: one name for each image (a file's path below the root, or an index).
+        labels: one class index (or regression target) for each image, or None.
         classes: number of classes, or None.
-        fingerprint: changes when the images do.
+        fingerprint: a text that is another where the images are others; part of the keys of kept results.
     """
 
     ids: Sequence[str]
@@ -36,12 +36,25 @@ class Pool:
     sequential = False
 
     def image(self, index: int) -> Any:
-        """A PIL image in RGB, or a float tensor. May raise OSError or ValueError for an unreadable file."""
+        """Return an image: a PIL image in RGB, or a float tensor.
+
+        Args:
+            index: its place in ``ids``.
+
+        Raises:
+            OSError, ValueError: where it cannot be read; the suite counts it and leaves it out.
+        """
         raise NotImplementedError
 
 
 class TensorPool(Pool):
-    """Images that are in memory already, (n, ...) float32."""
+    """Images that are in memory already.
+
+    Args:
+        images: (n, ...) float32.
+        labels: (n,) class indices, or regression targets.
+        classes: number of classes, or None for regression.
+    """
 
     def __init__(self, images: Tensor, labels: Tensor, classes: int | None) -> None:
         self.images, self.classes = images, classes
@@ -55,7 +68,7 @@ class TensorPool(Pool):
 
 
 class Source:
-    """Base of the data sets. A new one is a subclass with ``pools`` and a YAML file in ``conf/data``.
+    """Base of the data sets. A new one is a subclass with :meth:`pools` and a YAML file in ``conf/data``.
 
     Args:
         name: as it stands in the results.
@@ -90,27 +103,35 @@ class Source:
         self.limit, self.batch_size, self.workers, self.strict = limit, batch_size, workers, strict
 
     def keeping_in(self, cache: Cache) -> Self:
-        """The same data set, which keeps listings and indices of its images in ``cache``."""
+        """Return the same data set, which keeps listings and indices of its images in ``cache``."""
         source = copy.copy(self)
         source.cache = cache
         return source
 
     def pools(self) -> tuple[Pool, Pool | None]:
-        """The training images and the validation images; None where the latter are to be drawn from the former.
+        """Return training images and validation images; None in place of the latter, where they are to be drawn from
+        the former.
 
         Raises:
-            UserError: where the data are not there.
+            UserError: where the data are missing or damaged; the message names the setting and the remedy.
         """
         raise NotImplementedError
 
     def transform(self) -> Callable[[Any], Tensor]:
-        """From a pool's image to the network's input, for models that bring no transform of their own."""
+        """Return the function from a pool's image to the network's input (C, ...), float32, for models that bring no
+        transform of their own."""
         return v2.Identity()
 
 
 def photograph_transform(size: int) -> transforms.Compose:
-    """Resize the short side to ``size`` with antialiasing, crop the centre, normalise as torchvision's ImageNet models
-    expect: bit for bit what the transforms of its weights do (their v2 counterparts differ in the last bit)."""
+    """Return the transform that torchvision's ImageNet models expect, from a PIL image to (3, size, size) float32.
+
+    It resizes the short side to ``size`` with antialiasing, crops the centre, and normalises: bit for bit what the
+    transforms of torchvision's weights do (their v2 counterparts differ in the last bit).
+
+    Args:
+        size: side of the input in pixels.
+    """
     return transforms.Compose(
         [
             transforms.Resize(size, antialias=True),

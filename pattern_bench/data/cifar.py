@@ -61,6 +61,10 @@ class Cifar10(Source):
 class CifarPool(Pool):
     """Some of the binary version's files, one after the other. All are read at once: 31 MB a file.
 
+    Args:
+        folder: that holds the files.
+        files: their names.
+
     Raises:
         UserError: naming the file that cannot be read, has another size or a label that CIFAR-10 does not have.
     """

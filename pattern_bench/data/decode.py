@@ -1,4 +1,4 @@
-"""Image files as PIL reads them: whole, upright and in RGB, or one OSError that says why not."""
+"""Decodes image files: whole, upright and in RGB, or one OSError that says why not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONGEST = 100
 
 
 def decode(file: Path | BinaryIO) -> Image.Image:
-    """An RGB image from a file, or from the rest of a stream.
+    """Decode a file, or the rest of a stream, to an RGB image.
 
     Of several frames or pages it is the first. As in torchvision's ``pil_loader``, transparency is dropped (what lies
     under it shows), and colour profiles are not applied. Other than there,
@@ -28,6 +28,9 @@ def decode(file: Path | BinaryIO) -> Image.Image:
     - grey of more than 8 bits is scaled to 8, see :func:`_eight_bits`, instead of clipped to white;
     - half an image is an error, even where ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` is set. Not noticed is damage that
       the format cannot tell: wrong data of the right length, and a JPEG cut short but closed by an end marker.
+
+    Args:
+        file: a path, or an open binary file.
 
     Raises:
         OSError: whatever is wrong: no such file, no image, cut short, broken, more pixels than twice

@@ -8,7 +8,7 @@ from pattern_bench.data.base import Pool, Source, TensorPool
 
 
 class Digits(Source):
-    """Values from 0 (paper) to 1 (ink), shape (1, 8, 8)."""
+    """scikit-learn's digits as images (1, 8, 8), float32, from 0 (paper) to 1 (ink), with ten classes."""
 
     def pools(self) -> tuple[Pool, Pool | None]:
         from sklearn.datasets import load_digits

@@ -1,4 +1,4 @@
-"""Which images lie below a folder: listed once, kept in the cache, and held in a few large arrays.
+"""The images below a folder: listed once, kept in the cache, and held in a few large arrays.
 
 The loader's workers are forks of the job. They share its memory until somebody writes to it, and reading an entry of a
 Python list writes: it changes the entry's reference count. A list of ImageNet's 1.28 million names would so be copied,
@@ -59,11 +59,11 @@ class Names(Sequence[str]):
         return len(self._ends)
 
     def below(self, head: str) -> Names:
-        """The same strings, each after ``head``."""
+        """Return the same strings, each after ``head``."""
         return Names(*self._made_of[:2], [head])
 
     def path(self, index: int) -> str:
-        """A string as the operating system takes it, whatever its bytes."""
+        """Return a string as the operating system takes it, whatever its bytes."""
         return os.fsdecode(self._bytes(index))
 
     @overload
@@ -102,7 +102,7 @@ class Listing:
 
 
 def list_images(root: Path, cache: Cache | None, follow_links: bool = False) -> Listing:
-    """Lists the images below ``root`` that Pillow reads, but for hidden ones; or takes the listing of the cache.
+    """List the images below ``root`` that Pillow reads, but for hidden ones; or take the listing of the cache.
 
     A kept listing is used as long as no folder below ``root`` has changed, nor any of the files that are compared
     (:data:`COMPARED`). Processes that ask at the same time list once.
@@ -128,13 +128,13 @@ def list_images(root: Path, cache: Cache | None, follow_links: bool = False) -> 
 
 
 def tensor_of(values: bytearray | array[int]) -> Tensor:
-    """Bytes as uint8 and integers as int64, in the same memory."""
+    """Return bytes as uint8, and integers as int64, in the same memory: (n,)."""
     dtype = torch.uint8 if isinstance(values, bytearray) else torch.int64
     return torch.frombuffer(values, dtype=dtype) if values else torch.zeros(0, dtype=dtype)
 
 
 def numbers(values: Tensor) -> array[int]:
-    """(n,) integers as a sequence of Python's."""
+    """Return (n,) integers as a sequence of Python's."""
     return array("q", values.to(torch.int64).numpy().tobytes())
 
 
@@ -158,8 +158,8 @@ def _walk(root: Path, follow_links: bool) -> tuple[dict[str, Tensor], dict[str, 
         try:
             # The time first: what changes during the listing is then seen the next time.
             changed = os.stat(folder).st_mtime_ns
-            with os.scandir(folder) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            with os.scandir(folder) as unsorted:
+                entries = sorted(unsorted, key=lambda entry: entry.name)
         except OSError as error:
             log.warning("%s is left out: it cannot be read (%s)", os.fsdecode(folder), error.strerror)
             left_out["unreadable folder"] += 1
@@ -231,5 +231,5 @@ def _unchanged(root: Path, kept: dict[str, Tensor]) -> bool:
     if times != kept["folder_times"].tolist():
         return False
     compared = torch.linspace(0, len(files) - 1, min(len(files), COMPARED), dtype=torch.float64).long()
-    found = [_size_and_time(root / files.path(i)) for i in compared.tolist()]
-    return found == list(zip(kept["sizes"][compared].tolist(), kept["times"][compared].tolist(), strict=True))
+    now = [_size_and_time(root / files.path(i)) for i in compared.tolist()]
+    return now == list(zip(kept["sizes"][compared].tolist(), kept["times"][compared].tolist(), strict=True))

@@ -24,13 +24,15 @@ log = logging.getLogger(__name__)
 
 
 class FolderPool(Pool):
-    """Every image file below ``root``; the class is the subfolder, where every image lies in one. Files and folders
-    that are hidden, and files of types that Pillow does not read, are left out; how many is said.
+    """Every image file below a folder; the class is the subfolder, where every image lies in one.
+
+    Files and folders that are hidden, and files of types that Pillow does not read, are left out; the log says how
+    many.
 
     Args:
         root: the folder.
-        setting: that names it.
-        cache: keeps the listing.
+        setting: that names it, for messages.
+        cache: keeps the listing; None lists anew.
         strict: whether an image of a type that Pillow does not read is an error.
 
     Raises:

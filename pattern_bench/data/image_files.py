@@ -1,4 +1,4 @@
-"""Which files below a folder, or in an archive, are images: by their names alone."""
+"""Which files below a folder, or in an archive, are images, told by their names alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ NO_SUFFIX = "no suffix"
 
 @functools.cache
 def suffixes() -> tuple[str, ...]:
-    """Of every format that this Pillow decodes by itself, in lower case and sorted, with their dots."""
+    """Return the suffixes of every format that this Pillow decodes by itself: in lower case, sorted, with dots.
+
+    >>> {".jpg", ".png", ".tif"} <= set(suffixes())
+    True
+    """
     known = Image.registered_extensions()  # imports its plugins
     return tuple(sorted(suffix for suffix, kind in known.items() if _decoded(kind)))
 
@@ -48,19 +52,33 @@ def _decoded(kind: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is no user's: hidden, or a system's."""
+    """Whether a file or folder of this name is hidden or a system's, and so none of the user's images.
+
+    >>> is_hidden(".DS_Store"), is_hidden("Thumbs.db"), is_hidden("cat.jpg")
+    (True, True, False)
+    """
     return (name.startswith(".") and name not in (".", "..")) or name.lower() in _SYSTEM
 
 
 def suffix_of(name: str) -> str:
-    """In lower case and with its dot, or ``no suffix``."""
+    """Return a file name's suffix, in lower case and with its dot, or ``no suffix``.
+
+    >>> suffix_of("cat.JPG"), suffix_of("README")
+    ('.jpg', 'no suffix')
+    """
     stem, dot, ending = name.rpartition(".")
     return f".{ending.lower()}" if dot and stem and ending else NO_SUFFIX
 
 
 def counted(left_out: Mapping[str, int]) -> str:
-    """``7 files are left out: …`` with what has been counted by suffix, ``hidden`` and ``unreadable folder``; nothing
-    where nothing was."""
+    """Say how many files and folders are left out, and of which types; nothing where there are none.
+
+    >>> counted({".txt": 2, "hidden": 1})
+    '3 files or folders are left out: 2 of types that are no images here (.txt 2), 1 hidden or of a system'
+
+    Args:
+        left_out: numbers by suffix, ``hidden`` and ``unreadable folder``.
+    """
     kinds = Counter(left_out)
     hidden, folders = kinds.pop("hidden", 0), kinds.pop("unreadable folder", 0)
     parts = []

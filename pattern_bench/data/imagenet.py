@@ -29,7 +29,7 @@ class ImageNetPool(Pool):
     Args:
         root: the folder with ``train/``, ``val/`` and ``meta.bin``, or with the archives they are unpacked from.
         part: ``train`` or ``val``.
-        cache: keeps the listing.
+        cache: keeps the listing; None lists anew.
 
     Raises:
         UserError: where ``root`` does not hold it.
@@ -82,7 +82,7 @@ class _Layout(datasets.ImageNet):
 
 @contextmanager
 def safe_extraction() -> Iterator[None]:
-    """Archives are unpacked into their folder and nowhere else.
+    """Within, archives are unpacked into their folder and nowhere else.
 
     torchvision before 0.29 calls ``extractall`` without a filter, and so believes an archive's ``../`` and links;
     Python then takes the filter from this attribute (PEP 706). 3.11.0 to 3.11.3 have none: there only the archive's

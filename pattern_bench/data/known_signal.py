@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pattern_bench.configuration.rules import Rule, name_among, number_from_zero, whole_number
 from pattern_bench.data.base import Pool, Source, TensorPool
-from pattern_bench.errors import UserError, did_you_mean
 
 SCENARIOS = ("linear", "multiplicative", "translation")
 UNITS = 8
@@ -29,13 +29,13 @@ tetromino reaches the two lowest rows of units."""
 
 @dataclass(frozen=True)
 class KnownSignal:
-    """Images and what they are made of. n images of ``side`` pixels; ``images = signal + distractor``.
+    """Images (n of ``side`` pixels) and their parts: ``images = signal + distractor``.
 
     Attributes:
         images: (n, 1, side, side) float32, scaled so that the mean square of all pixels is 1.
         labels: (n,) int64, 0 for T and 1 for L, as many of one as of the other (within one).
-        signal: (n, 1, side, side), what of an image depends on its class, see :func:`draw`.
-        distractor: (n, 1, side, side), what does not: background, suppressor, and what both classes share.
+        signal: (n, 1, side, side), the part of each image that depends on its class, see :func:`draw`.
+        distractor: (n, 1, side, side), the rest: background, suppressor, and what both classes share.
         truth: (n, side, side) bool, the pixels where the class shows.
         suppressor: (side, side) bool, pixels outside of every truth mask that show the distractor alone: they tell
             nothing of the class, and a filter needs them to cancel the distractor elsewhere.
@@ -50,8 +50,10 @@ class KnownSignal:
 
 
 def draw(scenario: str, side: int, signal: float, suppressor: float, samples: int, seed: int) -> KnownSignal:
-    """Images of one scenario. With s = 1 for T and -1 for L, the tetrominoes T and L as images of zeros and ones, B a
-    Gaussian background whose amplitude falls with 1/f, ε one Gaussian number for each image, and α = ``signal``:
+    """Draw the images of one scenario.
+
+    With s = 1 for T and -1 for L, the tetrominoes T and L as images of zeros and ones, B a Gaussian background whose
+    amplitude falls with 1/f, ε one Gaussian number for each image, and α = ``signal``:
 
     - ``linear``: x = α s (T - L) + (1-α) B + D. Both stand at fixed places, T positive where L is negative: XAI-TRIS's
       images less their mean over the classes, since the absence of one tells as much as the presence of the other.
@@ -65,18 +67,22 @@ def draw(scenario: str, side: int, signal: float, suppressor: float, samples: in
     the signal on the truth masks. It has the direction in which the classes differ, so that only R can cancel it:
     the example x₁ = s + ε, x₂ = ε of Haufe et al.
 
+    >>> known = draw("linear", side=8, signal=0.3, suppressor=1.0, samples=4, seed=0)
+    >>> known.images.shape, bool(torch.allclose(known.images, known.signal + known.distractor))
+    (torch.Size([4, 1, 8, 8]), True)
+
     Args:
         scenario: one of ``SCENARIOS``.
         side: pixels, at least 8; beyond the largest multiple of 8 there is background alone.
         signal: α, above 0 and below 1.
         suppressor: β, the deviation of the distractor in units of the signal's; 0 for none.
-        samples: images.
+        samples: number of images.
         seed: of all draws; the same seed gives the same images.
 
     Raises:
         UserError: where a setting is not possible.
     """
-    _check(scenario, side, signal, suppressor, samples)
+    check(scenario, side, signal, suppressor, samples)
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(samples)[torch.randperm(samples, generator=generator)] % 2
     t, l = _moved(side, samples, generator) if scenario == "translation" else _fixed(side)
@@ -99,16 +105,23 @@ def draw(scenario: str, side: int, signal: float, suppressor: float, samples: in
     return KnownSignal(made + rest, labels, made, rest, truth, region)
 
 
-def _check(scenario: str, side: int, signal: float, suppressor: float, samples: int) -> None:
-    if scenario not in SCENARIOS:
-        raise UserError(f"data.scenario={scenario} is unknown: {did_you_mean(scenario, SCENARIOS)}")
-    for name, value, least in (("side", side, UNITS), ("samples", samples, 2)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"data.{name}={value} is not possible: give a whole number of at least {least}")
-    if not isinstance(signal, float) or not 0 < signal < 1:
-        raise UserError(f"data.signal={signal} is not possible: give the signal's share, above 0 and below 1")
-    if isinstance(suppressor, bool) or not isinstance(suppressor, int | float) or not 0 <= suppressor < float("inf"):
-        raise UserError(f"data.suppressor={suppressor} is not possible: give a number of at least 0, 0 for none")
+RULES = (
+    name_among("data.scenario", SCENARIOS),
+    whole_number("data.side", UNITS),
+    whole_number("data.samples", 2),
+    Rule("data.signal", lambda share: isinstance(share, float) and 0 < share < 1,
+         "give the signal's share, above 0 and below 1"),
+    number_from_zero("data.suppressor", "give a number of at least 0, 0 for none"),
+)  # fmt: skip
+
+
+def check(scenario: str, side: int, signal: float, suppressor: float, samples: int) -> None:
+    """
+    Raises:
+        UserError: where :func:`draw` cannot be given these.
+    """
+    for rule, value in zip(RULES, (scenario, side, samples, signal, suppressor), strict=True):
+        rule.check(value)
 
 
 def _fixed(side: int) -> tuple[Tensor, Tensor]:
@@ -145,11 +158,11 @@ def _background(side: int, samples: int, generator: torch.Generator) -> Tensor:
     frequency = torch.hypot(torch.fft.fftfreq(2 * side)[:, None], torch.fft.rfftfreq(2 * side)[None])
     # The mean of the large image would have an infinite amplitude.
     amplitude = 1 / frequency.clamp(min=1 / (2 * side))
-    found = torch.empty(samples, side, side)
-    for part in found.split(256):
+    background = torch.empty(samples, side, side)
+    for part in background.split(256):
         white = torch.randn(len(part), 2 * side, 2 * side, generator=generator)
         part.copy_(torch.fft.irfft2(torch.fft.rfft2(white) * amplitude, s=white.shape[1:])[:, :side, :side])
-    return _normed(found)
+    return _normed(background)
 
 
 def _normed(images: Tensor) -> Tensor:
@@ -158,14 +171,14 @@ def _normed(images: Tensor) -> Tensor:
 
 
 class Known(Source):
-    """The images of :func:`draw`, with everything that is known of them in ``known``.
+    """The images of :func:`draw` as a data set; :attr:`known` has their signal and distractor.
 
     Args:
         scenario: ``linear``, ``multiplicative`` or ``translation``.
         side: pixels.
         signal: α, the signal's share.
         suppressor: β, the distractor's strength in units of the signal's.
-        samples: images.
+        samples: number of images.
         data_seed: seed of the draws.
 
     Raises:
@@ -184,7 +197,7 @@ class Known(Source):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        _check(scenario, side, signal, suppressor, samples)
+        check(scenario, side, signal, suppressor, samples)
         self.settings = (scenario, side, signal, suppressor, samples, data_seed)
         if scenario == "linear":
             t, l = _fixed(side)
@@ -192,7 +205,7 @@ class Known(Source):
 
     @property
     def known(self) -> KnownSignal:
-        """All images and what they are made of, drawn anew."""
+        """All images with their signal and distractor, drawn anew."""
         return draw(*self.settings)
 
     def pools(self) -> tuple[Pool, Pool | None]:

@@ -1,4 +1,4 @@
-"""Files by path or URL: which a pattern means, what they are, parts of them, and a few of them on the local disk.
+"""Files by path or URL: find them, describe them, read parts of them, keep a few of them on the local disk.
 
 URLs go through fsspec, which Lightning depends on: ``https://`` with its aiohttp, ``s3://`` with s3fs and ``gs://``
 with gcsfs where they are installed. Credentials come from where those look for them (environment, ``~/.netrc``), never
@@ -33,8 +33,8 @@ from pattern_bench.storage.atomic import write_file
 
 T = TypeVar("T")
 
-# Seconds between the tries of a download.
 WAITS = (1.0, 4.0)
+"""Seconds between the tries of a download."""
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _URL = re.compile(r"(\w+://)(?:[^/@\s'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?")
 # fsspec's file systems that are made of another one, or of files that say where the rest is; some unpickle.
@@ -45,8 +45,8 @@ _WRAPPERS = frozenset(
     )
 )  # fmt: skip
 MOST_FILES = 1_000_000
-"""That braces may stand for."""
-# What file systems call that which changes with the content.
+"""Files that braces may stand for, at most."""
+# The names by which file systems tell what changes with the content.
 _VERSIONS = (
     "ETag",
     "etag",
@@ -62,11 +62,11 @@ _VERSIONS = (
 
 @dataclass(frozen=True)
 class File:
-    """A file and what is known of it.
+    """A file by path or URL, looked up.
 
     Attributes:
         place: path or URL.
-        setting: that it comes from.
+        setting: that names it, for messages.
         size: in bytes; None where the server does not say.
         version: changes when the content does, as far as the file system tells.
         parts: whether a part can be read without the rest.
@@ -80,6 +80,7 @@ class File:
 
     @property
     def remote(self) -> bool:
+        """Whether it lies on a server or in a store."""
         return _is_url(self.place)
 
     def __str__(self) -> str:
@@ -87,16 +88,27 @@ class File:
 
 
 def plain(text: str) -> str:
-    """``text`` with what may be secret in its URLs left out."""
+    """Return a text without what may be secret in its URLs: credentials and queries.
+
+    >>> plain("https://user:pass@example.org/a.tar?signature=secret")
+    'https://example.org/a.tar'
+    """
     return _URL.sub(r"\1\2", text)
 
 
 def find(patterns: str | Sequence[str], ending: str, setting: str) -> list[str]:
-    """The paths and URLs that patterns mean: a file, a folder of files with this ending, a glob, braces as in
-    ``a-{000..146}.tar`` or ``{a,b}.tar``, or a list of these.
+    """Return the paths and URLs that patterns stand for.
+
+    >>> find("a-{09..11}.tar", ".tar", "data.root")
+    ['a-09.tar', 'a-10.tar', 'a-11.tar']
+
+    Args:
+        patterns: a file, a folder, a glob, braces as in ``a-{000..146}.tar`` or ``{a,b}.tar``, or a list of these.
+        ending: of the files in a folder.
+        setting: that has the patterns, for messages.
 
     Raises:
-        UserError: where there are none, or one of them twice.
+        UserError: where they stand for no file, for one file twice, or for what is neither a path nor a plain URL.
     """
     listed = [patterns] if isinstance(patterns, str) else [str(pattern) for pattern in patterns]
     places = [place for pattern in listed for one in _braces(pattern) for place in _matches(one, ending, setting)]
@@ -160,7 +172,7 @@ def _matches(place: str, ending: str, setting: str) -> list[str]:
 
 
 def _local(place: str) -> str:
-    """The path that a ``file:`` URL means, written with one, two or three slashes, percent signs or none."""
+    """The path in a ``file:`` URL, written with one, two or three slashes, percent signs or none."""
     scheme, colon, rest = place.partition(":")
     if not colon or scheme.lower() not in ("file", "local") or not rest.startswith("/"):
         return place
@@ -170,10 +182,14 @@ def _local(place: str) -> str:
 
 
 def describe(places: Sequence[str], setting: str) -> list[File]:
-    """Looks the files up, the remote ones side by side.
+    """Look files up, remote ones side by side.
+
+    Args:
+        places: paths and URLs.
+        setting: that names them, for messages.
 
     Raises:
-        UserError: naming the first that is not there.
+        UserError: naming the first that is missing.
     """
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(lambda place: _describe(place, setting), places))
@@ -250,7 +266,12 @@ def _attempt(read: Callable[[], T], what: str) -> T:
 
 
 def read_part(file: File, offset: int, size: int) -> bytes:
-    """``size`` bytes of a remote file from ``offset`` on; fewer where it ends.
+    """Read a part of a remote file.
+
+    Args:
+        file: of which the server serves parts.
+        offset: of the part's first byte.
+        size: in bytes; fewer are returned where the file ends.
 
     Raises:
         UserError: where the server does not answer.
@@ -264,12 +285,12 @@ def read_part(file: File, offset: int, size: int) -> bytes:
 
 
 class Store:
-    """The remote files used last, in a temporary folder that forked and spawned processes share.
+    """A temporary folder with the remote files that were used last, which forked and spawned processes share.
 
     The process that made it removes the folder when the store is no longer used, at the latest when it ends.
 
     Args:
-        kept: so many files at most.
+        kept: number of files in the folder, at most.
     """
 
     def __init__(self, kept: int) -> None:
@@ -281,10 +302,11 @@ class Store:
         return self.folder / f"{hashlib.sha256(file.place.encode()).hexdigest()[:32]}.file"
 
     def holds(self, file: File) -> bool:
+        """Whether a file is in the folder."""
         return self._path(file).exists()
 
     def open(self, file: File) -> BinaryIO:
-        """The file, downloaded unless it is there. It stays readable when it is removed to make room.
+        """Open a file, which is downloaded unless the folder has it. It stays readable when it is removed to make room.
 
         Raises:
             UserError: where it cannot be downloaded.

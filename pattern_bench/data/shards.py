@@ -2,12 +2,12 @@
 
 A shard holds ``KEY.jpg`` (or another type of image) and beside it ``KEY.cls`` (the class index) or ``KEY.json`` (with
 ``label`` or ``cls``); the key is the name up to its first dot. One pass over the headers finds where the images are;
-the cache keeps what it found. An image is then read by its offset, so that any image can be had at any time, as the
+the cache keeps their places. An image is then read by its offset, so that any image can be had at any time, as the
 protocol's seeded splits need.
 
 The layout is WebDataset's, the library is not used: it reads forwards only, and its readers run shell commands
 (``pipe:``) and unpickle (``.pyd``). fsspec opens the files, Python's tarfile reads the headers. Nothing is unpacked to
-a disk, so a member's name, whatever it is, is but a name.
+a disk, so that no name in a shard can lead out of a folder.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pattern_bench.configuration.rules import Rule, is_whole
 from pattern_bench.data.base import Pool, Source, photograph_transform
 from pattern_bench.data.decode import decode
 from pattern_bench.data.file_index import Names, numbers, tensor_of
@@ -45,15 +46,15 @@ log = logging.getLogger(__name__)
 Index = tuple[dict[str, Tensor], dict[str, str]]
 
 INDEX_VERSION = 2
-# A single image of a remote shard costs a round trip, in which about so many bytes of a download would arrive. A shard
-# is downloaded when its single images have cost what the download does.
 ROUND_TRIP_BYTES = 4 * 2**20
-# After so many images in a row from one shard, the next one will be wanted too.
+"""Bytes of a download that arrive in the time of one request, which is what a single image of a remote shard costs. A
+shard is downloaded when its single images have cost what the download does."""
 IN_A_ROW = 8
-# Files that a process keeps open.
+"""Images in a row from one shard after which the next shard will be wanted too."""
 OPEN = 4
-# Bytes of a file with a label; larger ones hold something else.
+"""Files that a process keeps open."""
 LABEL_BYTES = 2**20
+"""Bytes of a file with a label; larger ones hold something else."""
 # What tarfile raises, besides its own errors, at headers that are none.
 _UNFORESEEN = (ValueError, OverflowError, RecursionError, MemoryError)
 
@@ -63,9 +64,9 @@ class ShardPool(Pool):
 
     Args:
         shards: the files.
-        heads: a name for each, which the ids begin with.
+        heads: the beginnings of the ids, one for each shard.
         store: where remote shards are kept; None where there are none.
-        cache: keeps the index of each shard.
+        cache: keeps the index of each shard; None indexes anew.
 
     Raises:
         UserError: where a shard cannot be opened, a label is no class index, or some images have a label and some none.
@@ -210,11 +211,11 @@ def _made_index(shard: File, store: Store | None, cache: Cache | None) -> Index:
 
 
 def read_index(file: BinaryIO, name: str) -> Index:
-    """Finds the images of a shard.
+    """Find the images of a shard by one pass over its headers.
 
     Args:
         file: the shard, seekable.
-        name: of it, for messages.
+        name: of the shard, for messages.
 
     Returns:
         ``names`` and ``ends`` (see :class:`Names`), ``offsets`` and ``sizes`` in bytes and ``labels`` (-1 without one),
@@ -322,6 +323,14 @@ def _label(file: BinaryIO, member: tarfile.TarInfo, shard: str) -> int:
     return value
 
 
+SHARDS_KEPT = Rule(
+    "data.shards_kept",
+    lambda count: is_whole(count) and count >= 1,
+    "give at least 1, better 4",
+    problem="leaves no room to read",
+)
+
+
 class Shards(Source):
     """Tar shards of WebDataset's layout.
 
@@ -330,8 +339,11 @@ class Shards(Source):
             these; paths or URLs.
         validation_root: shards of validation images; None draws them from ``root``.
         classes: number of classes; None for one more than the largest label.
-        shards_kept: so many remote shards at most lie on the local disk, in a temporary folder.
+        shards_kept: number of remote shards on the local disk at most, in a temporary folder.
         size: side of the input for models that bring no transform of their own.
+
+    Raises:
+        UserError: where ``shards_kept`` is not possible.
     """
 
     def __init__(
@@ -345,8 +357,7 @@ class Shards(Source):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if shards_kept < 1:
-            raise UserError(f"data.shards_kept={shards_kept} leaves no room to read: give at least 1, better 4")
+        SHARDS_KEPT.check(shards_kept)
         self.root, self.validation_root, self.classes = root, validation_root, classes
         self.shards_kept, self.size = shards_kept, size
 

@@ -20,8 +20,14 @@ SPLITS = ("fit", "probe", "validation")
 
 
 class Batch(NamedTuple):
-    """Images (B, ...) with targets (B,) (class indices, regression targets, or -1 where there is none) and positions
-    in the split, and the positions of those left out because they cannot be read. ``images`` is None when all were."""
+    """Images with what belongs to them.
+
+    Attributes:
+        images: (B, ...), or None where none of the batch can be read.
+        targets: (B,) class indices (-1 for none), int64; or regression targets, float32.
+        positions: (B,) of the images in their split, int64.
+        unreadable: positions of the images that are left out because they cannot be read.
+    """
 
     images: Tensor | None
     targets: Tensor
@@ -30,14 +36,24 @@ class Batch(NamedTuple):
 
 
 class Unreadable(NamedTuple):
+    """In the place of an image that cannot be read: its position in the split, and why."""
+
     position: int
     reason: str
 
 
 @dataclass
 class Split(Dataset):
-    """Some images of a pool, in a fixed order: ``indices`` (n,) int64, one tensor, since a list of a million numbers
-    would be copied page by page into every worker."""
+    """Some images of a pool, in a fixed order.
+
+    Attributes:
+        pool: the images.
+        indices: (n,) int64, their places in the pool; one tensor, since a list of a million numbers would be copied
+            page by page into every worker.
+        regression: whether the labels are regression targets.
+        strict: whether an image that cannot be read is an error.
+        transform: from a pool's image to the network's input.
+    """
 
     pool: Pool
     indices: Tensor
@@ -65,10 +81,11 @@ class Split(Dataset):
         return self.transform(image), float(target), position
 
     def name(self, position: int) -> str:
-        """The name of the image at a position."""
+        """Return the name of the image at a position of the split."""
         return self.pool.ids[int(self.indices[position])]
 
     def collate(self, items: list[tuple[Tensor, float, int] | Unreadable]) -> Batch:
+        """Stack items of the split into a batch."""
         good = [item for item in items if not isinstance(item, Unreadable)]
         bad = [item.position for item in items if isinstance(item, Unreadable)]
         images = torch.stack([item[0] for item in good]) if good else None
@@ -76,14 +93,24 @@ class Split(Dataset):
         return Batch(images, targets, torch.tensor([p for _, _, p in good], dtype=torch.int64), bad)
 
     def batch(self, positions: Iterable[int]) -> Batch:
-        """The images at these positions."""
+        """Return the images at these positions of the split.
+
+        Raises:
+            UserError: under ``strict``, naming the first that cannot be read.
+        """
         return self.collate([self[position] for position in positions])
 
     def share(self, batch_size: int, rank: int = 0, size: int = 1) -> Tensor:
-        """The positions that one of ``size`` processes visits: every position is one process's, and only one's.
+        """Return the positions that one of several processes visits; each position is in the share of exactly one.
 
-        Each takes some of the very batches that one process alone would take. What is computed of a batch in single
-        precision is then the same to the bit, and only the order differs in which batches are added up in double.
+        Each process takes some of the very batches that one process alone would take. What is computed of a batch in
+        single precision is then the same to the bit, and only the order differs in which batches are added up in
+        double.
+
+        Args:
+            batch_size: images in a batch.
+            rank: of the process.
+            size: number of processes.
         """
         # Sums do not ask for an order, so images that are read best one after the other are.
         order = self.indices.argsort() if self.pool.sequential else torch.arange(len(self))
@@ -92,28 +119,35 @@ class Split(Dataset):
         return order[start:end]
 
     def loader(self, positions: Iterable[int], batch_size: int, workers: int) -> DataLoader:
-        """Batches of the images at these positions, in their order."""
+        """Return a loader of batches of the images at these positions, in their order.
+
+        Args:
+            positions: in the split.
+            batch_size: images in a batch; the last may have fewer.
+            workers: processes that decode images; 0 decodes in this one.
+        """
         order = BatchSampler(positions, batch_size, drop_last=False)
         return DataLoader(_Batches(self), None, sampler=order, num_workers=workers, collate_fn=_as_it_is)
 
     def shuffled(self, batches: GlobalBatches, workers: int) -> DataLoader:
-        """Batches of images in random order, for training."""
+        """Return a loader of batches of images in random order, for training."""
         return DataLoader(self, batch_sampler=batches, num_workers=workers, collate_fn=self.collate)
 
-    def _of(self, indices: Tensor) -> Split:
+    def _with(self, indices: Tensor) -> Split:
         return Split(self.pool, indices, self.regression, self.strict, self.transform)
 
     def first(self, count: int) -> Split:
-        """The first ``count`` images."""
-        return self._of(self.indices[:count])
+        """Return the split of the first ``count`` images; None takes all."""
+        return self._with(self.indices[:count])
 
     def chunks(self, count: int) -> list[Split]:
-        """The images in ``count`` parts of the same size, or nearly so."""
+        """Divide the split into ``count`` parts, whose sizes differ by one image at most."""
         ends = [round(i * len(self) / count) for i in range(count + 1)]
-        return [self._of(self.indices[start:end]) for start, end in itertools.pairwise(ends)]
+        return [self._with(self.indices[start:end]) for start, end in itertools.pairwise(ends)]
 
     @property
     def fingerprint(self) -> str:
+        """A hash of what the network sees: pool, transform, and which images in which order."""
         digest = hashlib.sha256(f"{self.pool.fingerprint} {self.transform!r} ".encode())
         digest.update(self.indices.numpy().tobytes())
         return digest.hexdigest()
@@ -140,15 +174,16 @@ def _as_it_is(batch: Any) -> Any:
 class GlobalBatches(Sampler[list[int]]):
     """Batches of a random order that all processes agree on, of which each takes its share.
 
-    The order is a function of seed and round alone, so training that is taken up again goes on as it would have, and
-    the processes together take the very batches that one alone would.
+    The order depends on seed and round alone, so training that is taken up again goes on as it would have, and the
+    processes together take the very batches that one alone would.
 
     Args:
-        images: how many there are.
-        batch_size: of the processes together.
+        images: number of images.
+        batch_size: images in a batch, over all processes.
         seed: of the order.
-        rank, size: this process, and how many there are.
-        most: batches in a round, where there are more than that.
+        rank: of this process.
+        size: number of processes.
+        most: batches in a round at most; None for one pass over the images.
     """
 
     def __init__(
@@ -161,6 +196,7 @@ class GlobalBatches(Sampler[list[int]]):
         self.sampler = self  # where Lightning looks for set_epoch
 
     def set_epoch(self, epoch: int) -> None:
+        """Go to a round; Lightning calls it before each."""
         self.round = epoch
 
     def __len__(self) -> int:
@@ -180,7 +216,11 @@ class GlobalBatches(Sampler[list[int]]):
 
 
 def make_splits(source: Source, seed: int) -> dict[str, Split]:
-    """The splits ``fit``, ``probe`` and ``validation``, by a permutation with ``seed``.
+    """Return the splits ``fit``, ``probe`` and ``validation`` of a data set, drawn by a permutation.
+
+    Args:
+        source: the data set, with the sizes of its splits.
+        seed: of the permutation.
 
     Raises:
         UserError: where the pools are too small for what the settings ask.
@@ -205,7 +245,7 @@ def make_splits(source: Source, seed: int) -> dict[str, Split]:
 
 
 def joined(fit: Split, probe: Split) -> Split:
-    """The whole training set, for training a model."""
+    """Join two splits of one pool into the whole training set, for training a model."""
     return Split(fit.pool, torch.cat([fit.indices, probe.indices]), fit.regression, fit.strict, fit.transform)
 
 

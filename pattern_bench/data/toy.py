@@ -18,7 +18,7 @@ class Toy(Source):
     the signal does not.
 
     Args:
-        samples: how many.
+        samples: number of samples.
         angle: φ in degrees, not a multiple of 180.
         data_seed: seed of the draws.
     """

@@ -1,1 +1,1 @@
-"""Networks: built, given their weights, trained where they come without, and brought into canonical form."""
+"""Networks: how they are built, and how their weights are read. See README.md."""

@@ -1,4 +1,4 @@
-"""What a model is to the suite, and how weights are read."""
+"""The interface of models, and how weights are read."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pattern_bench.configuration.rules import Rule, is_whole
 from pattern_bench.core.network import without_weights
 from pattern_bench.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# What trainers call the network's state dict in a checkpoint, the first that is there is taken; then averages of it.
+# Names that trainers give the network's state dict in a checkpoint, the first of which is taken; then averages of it.
 _STATES = (
     "state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "model_state",
     "ema", "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "params_ema",
@@ -36,9 +37,12 @@ _COUNTERS = ("num_batches_tracked", "n_averaged")
 
 @dataclass(frozen=True)
 class Training:
-    """How a model without weights is trained, once; the result is cached.
+    """How a model without weights is trained, once: with Adam and a one-cycle schedule. The result is cached.
 
-    ``epochs`` passes over the training images with Adam and a one-cycle schedule that peaks at ``learning_rate``.
+    Attributes:
+        epochs: passes over the training images.
+        learning_rate: at the schedule's peak.
+        batch_size: images in a batch.
     """
 
     epochs: int
@@ -46,8 +50,16 @@ class Training:
     batch_size: int
 
 
+OUTPUT = Rule(
+    "model.output",
+    lambda output: isinstance(output, str) or is_whole(output),
+    "give the key or the index of an output, or null",
+    nullable=True,
+)
+
+
 class ModelSource:
-    """Base of the models. A new one is a subclass with ``module`` and a YAML file in ``conf/model``.
+    """Base of the models. A new one is a subclass with :meth:`module` and a YAML file in ``conf/model``.
 
     Args:
         name: as it stands in the results.
@@ -56,6 +68,9 @@ class ModelSource:
         training: the settings of :class:`Training`, or None.
         classifier: whether the outputs are logits of classes; without it nothing is explained or degraded.
         output: which of several outputs are the logits, a key or an index; None for the only one.
+
+    Raises:
+        UserError: where ``output`` is neither.
     """
 
     def __init__(
@@ -68,21 +83,32 @@ class ModelSource:
         output: str | int | None = None,
     ) -> None:
         self.name, self.weights, self.classifier, self.output = name, weights, classifier, output
-        if isinstance(output, bool) or not isinstance(output, str | int | None):
-            raise UserError(f"model.output={output} is not possible: give the key or the index of an output, or null")
+        OUTPUT.check(output)
         self.training = None if training is None or weights is not None else Training(**training)
 
     def module(self, sample: Tensor, classes: int | None) -> nn.Module:
-        """The network for inputs like ``sample`` (one image, no batch dimension), with random weights."""
+        """Return the network with random weights.
+
+        Args:
+            sample: (C, ...), one image without a batch dimension, of the shape and type that the network is for.
+            classes: number of the data's classes; None where they have none.
+
+        Raises:
+            UserError: where there is no such network.
+        """
         raise NotImplementedError
 
     def outputs(self, classes: int | None) -> dict[str, int]:
-        """What a library's builder is told of the outputs: as many as there are classes, where the network is trained
-        on them; else its own number stays."""
+        """Return the argument that sets the number of outputs in a library's builder: the number of classes, where the
+        network is trained on them; nothing, where its own number stays."""
         return {} if self.training is None or classes is None else {"num_classes": classes}
 
     def build(self, sample: Tensor, classes: int | None) -> nn.Module:
-        """The network with its weights.
+        """Return the network with its weights.
+
+        Args:
+            sample: see :meth:`module`.
+            classes: see :meth:`module`.
 
         Raises:
             UserError: where the weights cannot be read or do not fit.
@@ -96,18 +122,27 @@ class ModelSource:
         return model
 
     def transform(self) -> Callable[[Any], Tensor] | None:
-        """The transform that the weights were trained with, or None where the data's own will do."""
+        """Return the transform that the weights were trained with, from a PIL image to the input; None for the data's
+        own."""
         return None
 
 
 def names_a_file(weights: str) -> bool:
-    """Whether ``weights`` is meant as a file rather than the name of pretrained weights."""
+    """Whether ``weights`` stands for a file rather than for pretrained weights of a library.
+
+    >>> names_a_file("net.safetensors"), names_a_file("IMAGENET1K_V1")
+    (True, False)
+    """
     return Path(weights).suffix != "" or os.path.exists(os.path.expanduser(weights))
 
 
 def read_weights(file: str) -> dict[str, Tensor]:
-    """Tensors by name, from a safetensors file, a state dict, or the state dict in a trainer's checkpoint; nothing is
-    unpickled but tensors.
+    """Read tensors by name from a safetensors file, a state dict, or the state dict in a trainer's checkpoint.
+
+    Nothing is unpickled but tensors, so that no file can run code.
+
+    Args:
+        file: its path.
 
     Raises:
         UserError: where the file is missing or is none of these.
@@ -122,18 +157,18 @@ def read_weights(file: str) -> dict[str, Tensor]:
         _check_archive(path)
         with warnings.catch_warnings(action="ignore"):  # of kinds of tensors, which load_weights judges
             state = torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged file fails wherever in safetensors, pickle, zip or torch its damage is met first.
+    # A damaged file fails wherever in safetensors, pickle, zip or torch its damage comes up first.
     except Exception as error:
         raise UserError(
             f"model.weights={file} cannot be read as {kind} ({_why(path, error)}): "
             "save it again with safetensors.torch.save_file(model.state_dict(), ...)"
         ) from error
-    found = list(_state_dicts(state, ""))
-    if not found:
+    candidates = list(_state_dicts(state, ""))
+    if not candidates:
         raise UserError(f"model.weights={file} holds no state dict: save model.state_dict() and nothing else")
-    name, chosen = found[0]
-    if len(found) > 1:
-        others = ", ".join(other for other, _ in found[1:])
+    name, chosen = candidates[0]
+    if len(candidates) > 1:
+        others = ", ".join(other for other, _ in candidates[1:])
         log.info("model.weights=%s: %s of the checkpoint is used; %s is left", file, name, others)
     return chosen
 
@@ -156,7 +191,7 @@ def _why(path: Path, error: Exception) -> str:
 
 
 def _state_dicts(node: Any, name: str, depth: int = 3) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The state dicts in what a file holds, the likeliest first, with what they are called there."""
+    """The state dicts in the content of a file, the likeliest first, each after its name there."""
     if not isinstance(node, Mapping) or not node or not all(isinstance(key, str) for key in node):
         return
     if all(isinstance(value, Tensor) for value in node.values()):
@@ -165,18 +200,18 @@ def _state_dicts(node: Any, name: str, depth: int = 3) -> Iterator[tuple[str, di
         known = [key for key in _STATES if key in node]
         # By another name only where there is but one.
         for group in (known, [key for key in node if key not in known]):
-            found = [
+            below = [
                 state for key in group for state in _state_dicts(node[key], f"{name}.{key}".lstrip("."), depth - 1)
             ]
-            if group is known or len(found) == 1:
-                yield from found
-            if found:
+            if group is known or len(below) == 1:
+                yield from below
+            if below:
                 return
 
 
 def _check_archive(path: Path) -> None:
-    """torch.save does not compress, so a zip archive that holds more than its size is not its work, and may be made to
-    fill the memory."""
+    """torch.save does not compress, so a zip archive that holds more than its size is not of its making, and may be
+    there to fill the memory."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # what torch.load goes by; older state dicts are no archives
             return
@@ -186,8 +221,16 @@ def _check_archive(path: Path) -> None:
 
 
 def unwrapped(model: nn.Module, weights: Mapping[str, Tensor], setting: str) -> dict[str, Tensor]:
-    """``weights`` by the names that ``model`` has for them: without what trainers and wrappers put before and between
-    them, where the rest then has every weight of the model. Otherwise as they are. What is taken off is said."""
+    """Return weights by the names that a model has for them.
+
+    Prefixes of trainers and names of wrappers (DDP, torch.compile, FSDP, …) are taken off where the rest then has every
+    weight of the model, and the log says which; otherwise the names stay.
+
+    Args:
+        model: the network.
+        weights: by the names of a file.
+        setting: that names the file, for the log.
+    """
     needed = [key for key in model.state_dict() if not key.endswith(_COUNTERS)]
     if not needed or all(key in weights for key in needed):
         return dict(weights)
@@ -199,14 +242,14 @@ def unwrapped(model: nn.Module, weights: Mapping[str, Tensor], setting: str) -> 
     if len(fits) != 1 or len(set(plain.values())) < len(plain) or len(own) < len(model.state_dict()):
         return dict(weights)
     (prefix,) = fits
-    found, taken_off = {}, set[str]()
+    renamed, taken_off = {}, set[str]()
     for key, name in plain.items():
         below = name.removeprefix(prefix)
-        found[own.get(below, below) if name.startswith(prefix) else key] = weights[key]
+        renamed[own.get(below, below) if name.startswith(prefix) else key] = weights[key]
         taken_off |= {part for part in key.split(".") if part in _WRAPPERS}
     off = " and ".join([*([f"the prefix {prefix}"] if prefix else []), *sorted(taken_off)])
     log.info("%s: %s is taken off the names of the weights", setting, off or "nothing")
-    return found
+    return renamed
 
 
 def _bare(key: str) -> str:
@@ -214,8 +257,14 @@ def _bare(key: str) -> str:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], setting: str, name: str) -> None:
-    """Copies ``weights`` into ``model`` in the model's precision, whatever trainers put before their names (see
+    """Copy weights into a model, in the model's precision, whatever trainers put before their names (see
     :func:`unwrapped`).
+
+    Args:
+        model: the network.
+        weights: by name.
+        setting: that names their file, for messages.
+        name: of the model, for messages.
 
     Raises:
         UserError: naming the keys that are missing, too many, of another shape, or not in floating point.
@@ -269,7 +318,20 @@ PRINTED = ("torch", "torchvision", "timm", "pattern_bench")
 
 
 def fingerprint(model: nn.Module, settings: Mapping[str, Any] | None = None) -> str:
-    """Changes when the architecture, its ``settings``, any weight, or the code of the user's own modules does."""
+    """Return a hash of a network: its architecture, settings and weights, and the code of the user's own modules.
+
+    >>> first, second = nn.Linear(2, 1), nn.Linear(2, 1)
+    >>> fingerprint(first) == fingerprint(second)
+    False
+    >>> second.load_state_dict(first.state_dict())
+    <All keys matched successfully>
+    >>> fingerprint(first) == fingerprint(second)
+    True
+
+    Args:
+        model: the network.
+        settings: of the model, which neither its printed form nor its weights may show.
+    """
     digest = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__} {model}".encode())
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     own = {kind for module in model.modules() for kind in type(module).__mro__}

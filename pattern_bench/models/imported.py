@@ -19,6 +19,9 @@ class ImportedModel(ModelSource):
         path: ``package.module.Class``, a class or function that returns an ``nn.Module``. A configuration must say
             ``allow_any_target: true`` for what ``pattern_bench.configuration.build.build`` would not build itself.
         arguments: keyword arguments for it.
+
+    Raises:
+        UserError: where ``path`` cannot be imported.
     """
 
     def __init__(self, *, path: str, arguments: Mapping[str, Any], **common: Any) -> None:

@@ -9,8 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pattern_bench.configuration.rules import Rule, is_number, is_whole, whole_number
 from pattern_bench.errors import UserError
 from pattern_bench.models.base import ModelSource
+
+SIZES = "give whole numbers of at least 1"
+VGG_RULES = (
+    whole_number("model.width", 1, remedy=SIZES),
+    Rule("model.blocks", lambda sizes: all(is_whole(size) and size > 0 for size in sizes), SIZES),
+    Rule("model.dense", lambda sizes: all(is_whole(size) and size > 0 for size in sizes), SIZES),
+    Rule("model.dropout", lambda share: is_number(share) and 0 <= share < 1, "give a probability below 1, 0 for none"),
+)
 
 
 class VGG(ModelSource):
@@ -22,6 +31,9 @@ class VGG(ModelSource):
         dense: neurons of each hidden dense layer; the last layer has one per class.
         batch_norm: whether each convolution is followed by batch norm.
         dropout: probability that a neuron of a hidden dense layer is dropped in training.
+
+    Raises:
+        UserError: where one of these is not possible.
     """
 
     def __init__(
@@ -37,13 +49,8 @@ class VGG(ModelSource):
         super().__init__(**common)
         self.width, self.blocks, self.dense, self.batch_norm = width, list(blocks), list(dense), batch_norm
         self.dropout = dropout
-        for setting, sizes in (("width", [width]), ("blocks", self.blocks), ("dense", self.dense)):
-            if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
-                raise UserError(
-                    f"model.{setting}={getattr(self, setting)} is not possible: give whole numbers of at least 1"
-                )
-        if not 0 <= dropout < 1:
-            raise UserError(f"model.dropout={dropout} is not possible: give a probability below 1, 0 for none")
+        for rule, value in zip(VGG_RULES, (width, self.blocks, self.dense, dropout), strict=True):
+            rule.check(value)
 
     def module(self, sample: Tensor, classes: int | None) -> nn.Module:
         least = 2 ** len(self.blocks)

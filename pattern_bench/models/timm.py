@@ -18,6 +18,9 @@ class TimmModel(ModelSource):
     Args:
         architecture: its name there, such as ``resnet18``, without a pretrained tag.
         weights: a pretrained tag (``a1_in1k``) or ``DEFAULT``, downloaded by timm; a file; or None for random weights.
+
+    Raises:
+        UserError: where timm is missing, or has no such architecture or weights.
     """
 
     def __init__(self, *, architecture: str, weights: str | None, **common: Any) -> None:

@@ -30,6 +30,9 @@ class TorchvisionModel(ModelSource):
         weights: a member of the model's weights enum (``DEFAULT``, ``IMAGENET1K_V1``; downloaded by torch.hub), a
             file, or None for random weights.
         part: keep only this child module, such as ``features``; layer names and weight keys stay as they are.
+
+    Raises:
+        UserError: where torchvision has no such architecture or weights.
     """
 
     def __init__(self, *, architecture: str, weights: str | None, part: str | None, **common: Any) -> None:

@@ -1,1 +1,1 @@
-"""The processes of a job: how they start, talk to each other and end."""
+"""The processes of a job: how they start, exchange tensors and end. See README.md."""

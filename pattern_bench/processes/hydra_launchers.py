@@ -1,5 +1,5 @@
-"""What the jobs of a sweep need where a launcher other than Hydra's own starts them: in worker processes, on Slurm, on
-Ray. Imports no launcher: they are extras."""
+"""Jobs of a sweep that a launcher other than Hydra's own starts: in worker processes, on Slurm, on Ray. Imports no
+launcher: they are extras."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def _hold(*_: object) -> None:
 
 
 def message_for(error: Exception) -> str | None:
-    """What to say where a launcher is not installed, or cannot start a job, or has lost one (out of memory, out of
-    time); None for what is no launcher's."""
+    """Return the message for a launcher that is not installed, cannot start a job, or has lost one (out of memory or
+    time); None for an error that is no launcher's."""
     if missing := re.search(r"Unknown plugin class : 'hydra_plugins\.hydra_(\w+)_launcher\.", str(error)):
         return f"this hydra/launcher needs a package: pip install 'pattern_bench[{missing[1]}]'"
     if 'Could not detect "srun"' in str(error):

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from datetime import timedelta
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -35,14 +36,17 @@ from pattern_bench.processes import signals
 
 Job = Callable[[DictConfig, Path], Any]
 SECONDS_TO_CLOSE = 5
+"""For the processes of a job to end, once one of them has failed."""
 SECONDS_TO_ASK = 1.0
+"""For the first process to answer another that asks it."""
 TAKEN = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 """Signals that PyTorch's launcher takes for itself."""
-_threads_alone: int | None = None
+_THREADS_ALONE: ContextVar[int | None] = ContextVar("threads_alone", default=None)
+"""In how many threads a process that was started here would compute if it were the only one."""
 
 
 def number_from_outside() -> tuple[int, int] | None:
-    """This process's number and how many there are, where torchrun or srun started it among others; or None."""
+    """Return rank and world size, where torchrun or srun started this process among others; else None."""
     for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if number in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
             size = int(os.environ.get(count, 1))
@@ -52,8 +56,10 @@ def number_from_outside() -> tuple[int, int] | None:
 
 
 def tells() -> bool:
-    """Whether this process is the first of the job to ask: what all know that torchrun or srun started is to be said
-    once. One that cannot reach the others tells, too."""
+    """Whether this process is to write a message that all processes of the job have: only the first that asks is.
+
+    A process that torchrun or srun did not start is alone, and one that cannot reach the others writes it, too.
+    """
     if number_from_outside() is None:
         return True
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
@@ -71,16 +77,19 @@ def tells() -> bool:
 
 
 def end_with_the_launcher() -> None:
-    """Asks the kernel for SIGTERM when torchrun or srun dies: none of the job's processes is to outlive it."""
+    """Ask the kernel for SIGTERM when torchrun or srun dies: none of the job's processes is to outlive it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def processes_per_node(trainer: Mapping[str, Any]) -> int:
-    """How many processes the ``trainer`` settings ask for on one node.
+    """Return how many processes the ``trainer`` settings ask for on one node.
+
+    >>> processes_per_node({"devices": 2}), processes_per_node({"accelerator": "cpu", "devices": "auto"})
+    (2, 1)
 
     Raises:
-        UserError: where they make no sense.
+        UserError: where ``trainer.devices`` is no such number.
     """
     devices = trainer.get("devices", 1)
     if isinstance(devices, list | ListConfig):
@@ -97,7 +106,7 @@ def processes_per_node(trainer: Mapping[str, Any]) -> int:
 
 
 def launch(job: Job, cfg: DictConfig, folder: Path, log_config: Any = None) -> None:
-    """Runs ``job(cfg, folder)`` in as many processes as ``cfg.trainer`` asks for.
+    """Run ``job(cfg, folder)`` in as many processes as ``cfg.trainer`` asks for.
 
     Args:
         job: a function at the top of its module.
@@ -172,7 +181,7 @@ def _start(count: int, job: Job, config: Any, folder: Path, log_config: Any) -> 
 
 
 def _message(note: Path) -> str:
-    """What a process that failed left as its message."""
+    """The message that a process left when it failed."""
     try:
         return str(json.loads(note.read_text())["message"]["message"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -180,11 +189,10 @@ def _message(note: Path) -> str:
 
 
 def _process(job: Job, config: Any, folder: str, log_config: Any, parent: int, threads: int) -> None:
-    """What a process that was started here does."""
-    global _threads_alone
+    """The body of a process that was started here."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    _threads_alone = threads
+    _THREADS_ALONE.set(threads)
     logging.raiseExceptions = False  # as in the parent
     # The parent alone answers to the user and to a cluster's scheduler. Where it dies, this process gets SIGINT; where
     # it died before that was arranged, this process is an orphan already.
@@ -217,7 +225,15 @@ def _reporting(job: Job) -> Job:
 
 
 def cannot_use(error: OSError, folder: Path | None = None) -> str:
-    """A message for what the disk refused, most likely in ``folder``."""
+    """Return the message for what the disk refused.
+
+    >>> cannot_use(OSError(errno.ENOSPC, "No space left on device", "runs/a/rho.csv"))
+    'cannot use runs/a/rho.csv (No space left on device): free space, or choose another hydra.run.dir'
+
+    Args:
+        error: names the file, where it knows it.
+        folder: the likely place otherwise.
+    """
     place = error.filename or folder
     where = f" {place}" if place else ""
     free = "free space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
@@ -226,7 +242,7 @@ def cannot_use(error: OSError, folder: Path | None = None) -> str:
 
 @contextlib.contextmanager
 def _as_before() -> Iterator[None]:
-    """Gives the signals that the launcher takes for itself back to who had them: a sweep goes on."""
+    """Give the signals that the launcher takes for itself back to their handlers: a sweep goes on."""
     handlers = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in TAKEN)}
     try:
         yield
@@ -274,7 +290,7 @@ def threads_as_alone() -> Iterator[None]:
     import torch
 
     here = torch.get_num_threads()
-    torch.set_num_threads(_threads_alone or here)
+    torch.set_num_threads(_THREADS_ALONE.get() or here)
     try:
         yield
     finally:

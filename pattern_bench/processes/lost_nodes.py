@@ -1,8 +1,8 @@
-"""Notices that a process of another node is gone, which a process that waits for it in an exchange cannot tell from one
-that is busy: the first process alone trains, for hours.
+"""Ends a job on several nodes when one of its processes is gone.
 
-Every process has a connection to the first, and says over it, from a thread of its own, that it is there. One whose
-connection breaks, or that is silent for too long, ends the job in all others.
+A process that waits for another in a collective cannot tell one that is gone from one that is busy: the first process
+alone trains, for hours. So every process has a connection to the first, over which a thread says every second that it
+lives. A process whose connection breaks, or that is silent for too long, ends the job in all others.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pattern_bench.processes import collectives, signals
 from pattern_bench.processes.launch import tells
 
 SECONDS_FOR_OTHERS = 1.0
-"""In which those that were lost together are noticed together."""
+"""For processes that were lost together to be noticed together."""
 SECONDS_TO_NOTICE = 0.3
-"""In which a process that ends for another reason still notices that one was lost."""
+"""For a process that ends for another reason to notice that one was lost."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class _Watch:
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def leave(self, word: str) -> None:
-        """Takes leave of the others. Where one of them was lost, this process ends in here."""
+        """Close the connections. Where another process was lost, this one ends in here."""
         self.left = True
         self.thread.join()
         # A launcher that has lost its own connection, or an exchange that was cut, may be heard of before the process
@@ -101,7 +101,7 @@ class _Watch:
                 self._lost("ended without a word")
 
     def _listen(self, seconds: float) -> None:
-        """Hears what the others say in so many seconds, or until one of them is heard."""
+        """Read what the others say in ``seconds``, or until one of them says something."""
         poll = select.poll()
         numbers = {peer.link.fileno(): number for number, peer in self.peers.items() if number not in self.gone}
         for file in numbers:
@@ -125,7 +125,7 @@ class _Watch:
                     self._over(number, int(which))
 
     def _lost(self, how: str) -> NoReturn:
-        """Tells of those that were lost, and ends this process."""
+        """Report the processes that were lost, and end this one."""
         speaks = collectives.first() or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
         # A launcher that has lost its own connection ends this process meanwhile.
         signals.last_acts.add(lambda: self._tell(how) if speaks else None)
@@ -158,7 +158,7 @@ class _Watch:
         )
 
     def _over(self, number: int, stopped_by: int) -> None:
-        """Ends this process as another has ended, which has said why."""
+        """End this process as another has ended, which has reported why."""
         for other, peer in self.peers.items():
             if other != number:
                 _say(peer, f"over {stopped_by}")

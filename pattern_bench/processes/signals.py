@@ -20,8 +20,9 @@ from typing import NoReturn
 
 OBEYED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS = 4.5
+"""From a signal to the end of the process."""
 SECONDS_LAUNCHED = 3.0
-"""Of a process that another waits for, which has its own seconds."""
+"""The same of a process that another one started, which waits for it within its own seconds."""
 SECONDS_WITH_NOTHING_TO_KEEP = 1.5
 """Of such a process outside of a loop that keeps its state, such as one that waits for another in an exchange."""
 SECONDS_FOR_A_BATCH = 2.0
@@ -29,10 +30,14 @@ SECONDS_FOR_A_BATCH = 2.0
 
 Tell = Callable[[int], None]
 last_acts: set[Callable[[], None]] = set()
-"""What is done however the process ends, such as removing a temporary folder."""
+"""Called however the process ends, such as to remove a temporary folder."""
+# A signal handler is the process's, and reaches nothing but module variables.
 _number = 0
+"""The signal that asked for the end; 0 for none."""
 _looking = 0
+"""Loops that look for a signal themselves, one within another."""
 _active = False
+"""Whether the handlers are installed."""
 
 
 class Stopped(SystemExit):
@@ -44,21 +49,22 @@ class Stopped(SystemExit):
 
 
 def obeys(number: int) -> bool:
-    """Whether this process ends at the signal, and says how to go on."""
+    """Whether this process ends by this module at the signal of that number."""
     return _active and number in OBEYED
 
 
 def asked() -> bool:
-    """Whether a signal has come; whoever asks has the rest of the seconds to keep what there is, and then obeys."""
+    """Whether a signal has come. The caller then has the rest of the seconds to keep its state before :func:`obey`."""
     if _number:
         signal.setitimer(signal.ITIMER_REAL, 0)
     return _number != 0
 
 
 def obey() -> None:
-    """
+    """Do nothing, unless a signal has come.
+
     Raises:
-        Stopped: where a signal has come.
+        Stopped: where one has.
     """
     if _number:
         raise Stopped(_number)
@@ -66,8 +72,12 @@ def obey() -> None:
 
 @contextlib.contextmanager
 def looking() -> Iterator[None]:
-    """Within, a loop looks itself whether a signal was :func:`asked`, after every batch. One that does not come to the
-    end of its batch in time is ended as everything else is."""
+    """Within, a loop calls :func:`asked` after every batch, and is not interrupted within one, as long as a batch ends
+    within ``SECONDS_FOR_A_BATCH``.
+
+    Raises:
+        Stopped: at the end of the block, where a signal has come.
+    """
     global _looking
     _looking += 1
     try:
@@ -129,7 +139,7 @@ def _handle(number: int, _: object) -> None:
 
 
 def _watch(reader: int, tell: Tell, launched: bool) -> None:
-    """Waits for a signal, and ends the process that is still here then; at the second one at once."""
+    """Wait for a signal, and end the process if it has not ended by itself in time; at a second signal, at once."""
     first, deadline = 0, None
     while True:
         poll = select.poll()
@@ -155,7 +165,11 @@ def _end(number: int, tell: Tell) -> NoReturn:
 
 
 def end_at_once(code: int) -> NoReturn:
-    """Ends this process, which may be in the midst of anything, and those that it started."""
+    """End this process, which may be in the midst of anything, and those that it started.
+
+    Args:
+        code: the exit code.
+    """
     if sys.stderr is not None and sys.stderr.isatty():
         os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
     for child in multiprocessing.active_children():

@@ -1,1 +1,2 @@
-"""Files that are whole or not there: cache, tensors, locks, unfinished state, and what others may have written."""
+"""Files that are whole or missing: the cache, tensors, locks, unfinished states, and what others may have written. See
+README.md."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: each is written under another name and moved into place."""
+"""Files that are whole or missing: each is written under another name and moved into place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ import safetensors
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets ``write`` make a file beside ``path`` and moves it into place, so that it is never half written.
+    """Write a file so that nobody ever sees half of it.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "a.txt"
+    >>> write_file(file, lambda part: part.write_text("whole"))
+    >>> file.read_text()
+    'whole'
+
+    Args:
+        path: of the file, which replaces any that was there.
+        write: makes the file under the path that it is given, beside ``path``.
 
     Raises:
         OSError: naming ``path``, where it cannot be written.

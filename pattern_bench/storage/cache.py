@@ -27,22 +27,31 @@ log = logging.getLogger(__name__)
 
 
 def key_of(**parts: Any) -> str:
-    """A hash of named values; the same for the same values, whatever their order."""
+    """Return a hash of named values, 32 hexadecimal digits; the same for the same values, whatever their order.
+
+    >>> key_of(seed=0, layer="features.0") == key_of(layer="features.0", seed=0)
+    True
+    """
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 VERSION = 1
-"""Of what entries look like; those of another are computed again."""
+"""Of the form of entries; those of another version are computed again."""
 
 
 class Cache:
-    """Entries of a ``kind``, each a safetensors file below ``folder``. Where the folder cannot be written, the cache
-    only reads; where it cannot be locked, jobs side by side may compute the same. It says so once.
+    """Entries of several kinds, each a safetensors file below a folder, ``KIND/KEY.safetensors``.
+
+    Where the folder cannot be written, the cache only reads; where it cannot be locked, jobs side by side may compute
+    the same. The log says so once.
 
     Args:
-        folder: of the entries.
+        folder: of the entries; made where it is missing.
         gib: as many GiB are kept at most: where more comes, what was used longest ago goes, but nothing that a running
             job uses. None for no bound.
+
+    Attributes:
+        writable: whether entries can be saved.
     """
 
     def __init__(self, folder: str, gib: float | None = None) -> None:
@@ -52,7 +61,7 @@ class Cache:
             self.writable = os.access(self.folder, os.W_OK)
         except OSError:
             self.writable = False
-        self.full = self.unlockable = self.met = False
+        self.full = self.unlockable = self.said_bound = False
         self.gib = gib
         self.user = User(self.folder)
         if not self.writable:
@@ -63,8 +72,11 @@ class Cache:
 
     @contextmanager
     def lock(self, kind: str, key: str) -> Iterator[None]:
-        """One job at a time for this entry. The lock is the kernel's: it ends with the job that holds it, however
-        that ends, and the file that it leaves means nothing."""
+        """Within, this job alone works on an entry; others that want it wait.
+
+        The lock is the kernel's: it ends with the job that holds it, however that ends, and the file that it leaves
+        means nothing.
+        """
         with ExitStack() as held:
             if self.writable and not self.unlockable:
                 path = self.folder / kind / f"{key}.lock"
@@ -82,8 +94,13 @@ class Cache:
     def load(
         self, kind: str, key: str, read: Callable[[dict[str, Tensor]], Any] = dict
     ) -> tuple[Any, dict[str, str]] | None:
-        """What ``read`` makes of the entry's tensors, and its metadata; None where there is no entry, or one that is
-        damaged, of another version, or that ``read`` refuses with a ValueError."""
+        """Return an entry, and its metadata; None where there is none, or one that is damaged or of another version.
+
+        Args:
+            kind: of the entry.
+            key: of the entry, see :func:`key_of`.
+            read: makes the entry of its tensors by name; a ValueError of its refuses them.
+        """
         path = self._path(kind, key)
         if self.writable:
             self.user.uses(kind, key)
@@ -103,8 +120,15 @@ class Cache:
             return None
 
     def save(self, kind: str, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
-        """Stores an entry, in the place of any that was there, and says whether it did. A disk that is full costs the
-        entry, not the job."""
+        """Store an entry, in the place of any that was there, and return whether it did. A full disk costs the entry,
+        not the job.
+
+        Args:
+            kind: of the entry.
+            key: of the entry, see :func:`key_of`.
+            tensors: its content by name.
+            metadata: what is known of it, as text.
+        """
         if not self.writable:
             return False
         path = self._path(kind, key)
@@ -121,19 +145,19 @@ class Cache:
             return False
 
     def _make_room(self, size: int) -> None:
-        """Removes what was used longest ago, until an entry of so many bytes fits below the bound."""
+        """Remove what was used longest ago, until an entry of ``size`` bytes fits below the bound."""
         if self.gib is None:
             return
         bound = round(self.gib * 2**30)
-        found = sorted(entries(self.folder), key=lambda entry: entry.used)
-        over = sum(entry.size for entry in found) + size - bound
+        left = sorted(entries(self.folder), key=lambda entry: entry.used)
+        over = sum(entry.size for entry in left) + size - bound
         if over <= 0:
             return
         gone = freed = 0
-        while found and freed < over:
-            some = [found.pop(0)]
-            while found and freed + sum(entry.size for entry in some) < over:
-                some.append(found.pop(0))
+        while left and freed < over:
+            some = [left.pop(0)]
+            while left and freed + sum(entry.size for entry in some) < over:
+                some.append(left.pop(0))
             try:
                 removed = remove(self.folder, some)
             except (OSError, NotImplementedError) as error:
@@ -144,11 +168,11 @@ class Cache:
         self._say_bound(kept if freed < over else f"removed {gone} entries, used longest ago, and so on")
 
     def _say_bound(self, what: str) -> None:
-        if not self.met:
+        if not self.said_bound:
             log.warning("cache.gib=%g is met: %s", self.gib, what)
-        self.met = True
+        self.said_bound = True
 
 
 def _name(kind: str, key: str) -> str:
-    """As an entry knows itself, wherever its file may have been copied."""
+    """The name that an entry carries in its file, which may have been copied elsewhere."""
     return f"{kind}/{key} of version {VERSION}"

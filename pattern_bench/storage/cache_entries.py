@@ -1,4 +1,4 @@
-"""The files of a cache: which there are, which a running job uses, and how they are removed.
+"""The files of a cache: listed, marked as in use by a running job, and removed.
 
 A job that uses an entry says so first, in a file of its own that it has locked for as long as it lives; what is removed
 is nobody's then. Links are not followed, and what the cache did not write is neither counted nor removed.
@@ -25,6 +25,7 @@ from pattern_bench.storage import kernel_lock
 KINDS = ("models", "moments", "baselines", "listings")
 """Trained weights; moments; random orders' curves; listings of folders and indices of shards."""
 USERS = "in_use"
+"""The folder of the files in which running jobs say what they use."""
 FORGOTTEN = 7 * 86400.0
 """Seconds after which a job is taken to be gone that no lock can be seen of, since it runs elsewhere."""
 _ENTRY = re.compile(r"([0-9a-f]{32})\.safetensors")
@@ -33,7 +34,14 @@ _LEFT = re.compile(r"[0-9a-f]{32}\.lock|\.[0-9a-f]{32}\.part\.safetensors")
 
 
 class Entry(NamedTuple):
-    """An entry: its kind and key, bytes, and when it was last used, in seconds since 1970."""
+    """An entry of a cache.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        key: 32 hexadecimal digits.
+        size: in bytes.
+        used: when it was last used, in seconds since 1970.
+    """
 
     kind: str
     key: str
@@ -42,7 +50,12 @@ class Entry(NamedTuple):
 
 
 def entries(folder: Path, kinds: Iterable[str] = KINDS) -> Iterator[Entry]:
-    """The entries of a cache, in no order."""
+    """Yield the entries of a cache, in no order.
+
+    Args:
+        folder: of the cache.
+        kinds: those of interest.
+    """
     for kind in kinds:
         with _opened(folder / kind) as place:
             for found in os.scandir(place) if place is not None else ():
@@ -54,7 +67,15 @@ def entries(folder: Path, kinds: Iterable[str] = KINDS) -> Iterator[Entry]:
 
 
 def remove(folder: Path, chosen: Iterable[Entry]) -> list[Entry]:
-    """Removes those of the entries that no running job uses; returns them."""
+    """Remove those entries that no running job uses, and return them.
+
+    Args:
+        folder: of the cache.
+        chosen: entries to remove.
+
+    Raises:
+        OSError: where the folder cannot be written.
+    """
     gone = []
     with _registering(folder):
         used = in_use(folder)
@@ -69,7 +90,7 @@ def remove(folder: Path, chosen: Iterable[Entry]) -> list[Entry]:
 
 
 def sweep_up(folder: Path, kinds: Iterable[str]) -> None:
-    """Removes what jobs that are gone left beside the entries of some kinds."""
+    """Remove what jobs that are gone left beside the entries of some kinds: locks, and files that are half written."""
     for kind in kinds:
         with _opened(folder / kind) as place:
             for found in list(os.scandir(place)) if place is not None else []:
@@ -82,7 +103,7 @@ def sweep_up(folder: Path, kinds: Iterable[str]) -> None:
 
 
 def in_use(folder: Path) -> set[tuple[str, str]]:
-    """Kinds and keys that running jobs have said they use. What jobs that are gone said is removed."""
+    """Return kinds and keys of the entries that running jobs use. The notes of jobs that are gone are removed."""
     used: set[tuple[str, str]] = set()
     with _opened(folder / USERS) as place:
         for found in list(os.scandir(place)) if place is not None else []:
@@ -101,7 +122,11 @@ def in_use(folder: Path) -> set[tuple[str, str]]:
 
 
 class User:
-    """What this job uses of the cache in ``folder``, told to whoever wants to remove something."""
+    """Marks the entries that this job uses, so that no other job removes them.
+
+    Args:
+        folder: of the cache.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -109,7 +134,7 @@ class User:
         self.file: int | None = None
 
     def uses(self, kind: str, key: str) -> None:
-        """Says so, before the entry is looked for. Where it cannot be said, nothing else is the worse for it."""
+        """Mark an entry, before it is looked for. Where the mark cannot be written, the job goes on without it."""
         if (kind, key) in self.known:
             return
         self.known.add((kind, key))

@@ -32,18 +32,19 @@ LOST = 30.0
 clocks of two machines may differ."""
 
 _held: dict[Path, int] = {}
+"""This process's lock files with their open descriptors. A lock is the process's, so that a fork has to give it up."""
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, setting: str) -> Iterator[None]:
-    """Within, the folder is this process's, and another that wants it gets an error. Once more within is no other.
+    """Within, the folder is this process's, and another that wants it gets an error. May be nested.
 
     Args:
         folder: made where it is missing.
         setting: that names it, for the message.
 
     Raises:
-        UserError: where another job that lives has it.
+        UserError: where another running job has it.
         OSError: where it cannot be written.
     """
     file = folder.absolute() / FILE
@@ -76,7 +77,7 @@ def _let_go(file: Path, descriptor: int) -> None:
 
 
 def _forget() -> None:
-    """In a fork, such as a loader's worker, which may outlive the job by seconds: the lock is not its."""
+    """Give up the locks in a fork, such as a loader's worker, which may outlive the job by seconds."""
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()
@@ -134,7 +135,7 @@ def _lives(file: Path, said: bytes, holder: dict[str, Any], locked: bool | None)
 
 
 def _beat(file: Path, descriptor: int, over: threading.Event) -> None:
-    """Gives signs of life, and ends the job where another took its folder, which took it to be gone."""
+    """Give signs of life; end the job where another has taken over its folder."""
     number = 0
     while not over.wait(BEAT):
         number += 1
@@ -152,16 +153,16 @@ def _beat(file: Path, descriptor: int, over: threading.Event) -> None:
 
 def _is_at(descriptor: int, file: Path) -> bool:
     try:
-        there = os.stat(file, follow_symlinks=False)
+        at_path = os.stat(file, follow_symlinks=False)
     except FileNotFoundError:
         if _held.get(file) == descriptor:
             raise
         return False
-    return os.path.samestat(os.fstat(descriptor), there)
+    return os.path.samestat(os.fstat(descriptor), at_path)
 
 
 def _say(descriptor: int, number: int) -> None:
-    """Writes who holds the file, and the number of this sign of life, in as many bytes each time."""
+    """Write who holds the file, and the number of this sign of life, in as many bytes each time."""
     content = json.dumps({**_here(), "sign": f"{number:012d}"}).encode()
     with contextlib.suppress(OSError):  # without room for it, the kernel's lock is all there is
         os.pwrite(descriptor, content, 0)

@@ -1,4 +1,4 @@
-"""This machine, and the locks of its kernel: they end with the process that holds them."""
+"""Locks of the kernel, which end with the process that holds them; and the identity of this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ except ImportError:  # a system without
 
 
 def lock(descriptor: int) -> bool | None:
-    """Whether the lock of an open file is now this process's; None where the file system has no locks."""
+    """Try to lock an open file, without waiting.
+
+    Returns:
+        Whether this process has the lock now; None where the file system has no locks.
+    """
     if fcntl is None:
         return None
     try:
@@ -23,12 +27,12 @@ def lock(descriptor: int) -> bool | None:
 
 
 def boot() -> str:
-    """This machine since its start; nothing where the system does not say."""
+    """Return an identifier of this machine since its start; an empty text where the system has none."""
     return first_line("/proc/sys/kernel/random/boot_id")
 
 
 def first_line(file: str) -> str:
-    """Nothing where the file cannot be read."""
+    """Return the first line of a file; an empty text where it cannot be read."""
     try:
         return Path(file).read_text().partition("\n")[0]
     except OSError:

@@ -1,4 +1,4 @@
-"""What an unfinished stage has come to, kept in the run's folder for whoever takes the run up again."""
+"""The states of unfinished stages, kept in the run's folder so that an interrupted run can be taken up again."""
 
 from __future__ import annotations
 
@@ -15,20 +15,26 @@ from pattern_bench.storage.tensor_files import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 SHARE = 0.03
-"""Of the time, at most, goes into keeping."""
+"""The share of the time that goes into keeping states, at most."""
 PARTIAL = "partial"
-"""The folder, in the run's, of what is unfinished."""
+"""The folder of unfinished states, in the run's folder."""
 GUESSED_RATE = 2e8
 """Bytes per second that a disk is taken to write before it has been timed."""
 
 
 _full: set[Path] = set()
-"""Folders of which it was said that they cannot be written."""
+"""Folders that cannot be written, as the log has said; of this process, so that it says so once for all stages."""
 
 
 def keep(path: Path, write: Callable[[], object]) -> bool:
-    """Lets ``write`` make a file of an unfinished stage, and says whether it did. A disk that is full costs the file,
-    not the job, and is said once of its folder."""
+    """Write a file of an unfinished stage, and return whether that worked.
+
+    A full disk costs the file, not the job, and the log says so once for each folder.
+
+    Args:
+        path: of the file.
+        write: writes it, whole or not at all.
+    """
     try:
         path.parent.mkdir(exist_ok=True)
         write()
@@ -41,13 +47,14 @@ def keep(path: Path, write: Callable[[], object]) -> bool:
 
 
 class Partial:
-    """One process's state of one stage, a file that is whole or not there.
+    """The state of one stage in one process, a file that is whole or missing.
 
     Args:
         folder: the run's.
-        stage: names the file; each process has its own, and another number of processes does not find it.
-        key: of everything that the state depends on; a state with another key is not taken up.
-        seconds: between two states, unless they would take more than ``SHARE`` of the time; 0 keeps every one.
+        stage: names the file; each process has its own, and another number of processes looks for other files.
+        key: a hash of everything that the state depends on; a state with another key is not taken up.
+        seconds: from one state to the next, or longer where they would take more than ``SHARE`` of the time; 0 keeps
+            every one.
     """
 
     def __init__(self, folder: Path, stage: str, key: str, seconds: float) -> None:
@@ -57,7 +64,7 @@ class Partial:
         self.last = time.monotonic()
 
     def load(self) -> tuple[dict[str, Tensor], int] | None:
-        """The state and how many images it has seen; None where there is none to go on from."""
+        """Return the state, and how many images are in it; None where there is none to go on from."""
         try:
             tensors, metadata = read_tensors(self.path)
         except FileNotFoundError:
@@ -68,7 +75,12 @@ class Partial:
         return (tensors, int(metadata["images"])) if metadata.get("key") == self.key else None
 
     def save_now_and_then(self, state: Callable[[], Mapping[str, Tensor]], images: int) -> None:
-        """Keeps the state after so many images, where enough time has passed."""
+        """Keep the state, where enough time has passed since the last one.
+
+        Args:
+            state: makes it, tensors by name.
+            images: how many are in it.
+        """
         waited = time.monotonic() - self.last
         if waited < self.seconds:
             return
@@ -80,7 +92,12 @@ class Partial:
         self.save(tensors, images)
 
     def save(self, state: Mapping[str, Tensor], images: int) -> None:
-        """Keeps the state after so many images, see :func:`keep`."""
+        """Keep the state, see :func:`keep`.
+
+        Args:
+            state: tensors by name.
+            images: how many are in it.
+        """
         start = time.monotonic()
         metadata = {"key": self.key, "images": str(images)}
         if not keep(self.path, lambda: write_tensors(self.path, state, metadata)):
@@ -89,4 +106,5 @@ class Partial:
         self.cost = self.last - start
 
     def remove(self) -> None:
+        """Remove the state of a stage that is finished."""
         self.path.unlink(missing_ok=True)

@@ -24,7 +24,18 @@ class Damaged(ValueError):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, with a checksum in its metadata.
+    """Write a safetensors file with a checksum in its metadata.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "a.safetensors"
+    >>> write_tensors(file, {"a": torch.ones(2)}, {"seed": "0"})
+    >>> read_tensors(file)
+    ({'a': tensor([1., 1.])}, {'seed': '0'})
+
+    Args:
+        path: of the file, which replaces any that was there.
+        tensors: by name, of any device.
+        metadata: text by name.
 
     Raises:
         OSError: naming ``path``, where it cannot be written.
@@ -42,7 +53,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path, *, unsigned: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file of :func:`write_tensors`, as they were written.
+    """Read tensors and metadata of a file of :func:`write_tensors`, as they were written.
 
     Args:
         path: the file.
@@ -72,7 +83,12 @@ def read_tensors(path: Path, *, unsigned: bool = False) -> tuple[dict[str, Tenso
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Of names, types, shapes and bytes of the tensors, which are read where they lie, and of the metadata."""
+    """Return a checksum of the tensors' names, types, shapes and bytes, and of the metadata.
+
+    Args:
+        tensors: by name.
+        metadata: text by name.
+    """
     ordered = sorted(tensors.items())
     about = [sorted(metadata.items()), [[name, str(tensor.dtype), [*tensor.shape]] for name, tensor in ordered]]
     digest = hashlib.sha256(json.dumps(about).encode())

@@ -1,4 +1,4 @@
-"""Small files that somebody else may have written: YAML and JSON as plain data, of a size and shape that ours have."""
+"""Reads small files that somebody else may have written: YAML and JSON as plain data, of bounded size and depth."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Names no objects; ten times as fast where PyYAML was built with libyaml, as its wheels are."""
 MOST_BYTES = 32 * 2**20
 DEEPEST = 100
-"""So many brackets one in the other; libyaml's parser would go on until the stack ends."""
+"""Levels of nesting, at most; libyaml's parser would go on until the stack ends."""
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError)
-"""What reading a damaged file can raise."""
+"""The exceptions that reading a damaged file can raise."""
 
 
 def read_text(file: Path) -> str:
-    """
+    """Read a text file in UTF-8.
+
     Raises:
         OSError, ValueError: where it cannot be read, is longer than MOST_BYTES, or is no text.
     """
@@ -30,10 +31,11 @@ def read_text(file: Path) -> str:
 
 
 def read_yaml(file: Path) -> Any:
-    """
+    """Read a YAML file as plain data.
+
     Raises:
-        OSError, ValueError, yaml.YAMLError: where it is damaged, or has aliases: none of ours does, and a few lines of
-            them stand for more than memory holds.
+        OSError, ValueError, yaml.YAMLError: where it is damaged, nested too deep, or has aliases: no file of the suite
+            does, and a few lines of them stand for more than memory holds.
     """
     text = read_text(file)
     loader = LOADER(text)
@@ -56,9 +58,10 @@ def read_yaml(file: Path) -> Any:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """
+    """Read a JSON file that holds an object.
+
     Raises:
-        OSError, ValueError, RecursionError: where it is damaged, or no object.
+        OSError, ValueError, RecursionError: where it is damaged, or holds something else.
     """
     content = json.loads(read_text(file))
     if not isinstance(content, dict):
