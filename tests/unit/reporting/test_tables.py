@@ -1,10 +1,12 @@
 """Tables that are written keep their names and columns."""
 
+import numpy as np
 import pandas as pd
 import pytest
+from helpers.made_runs import gather_from, make_run
 
 from pattern_bench.reporting.runs import _table
-from pattern_bench.reporting.tables import write_table
+from pattern_bench.reporting.tables import errors_over_layers, overview, write_table
 from pattern_bench.results.schema import RHO_COLUMNS, write_csv
 
 
@@ -29,3 +31,22 @@ def test_markdown_and_latex_keep_their_columns(tmp_path):
     latex = (tmp_path / "t.tex").read_text()
     assert r"\$5\_\%\&\textbackslash" in latex
     assert "-0.2500" in latex
+
+
+def test_standard_errors_over_all_layers_are_those_of_the_weighted_mean(tmp_path):
+    make_run(tmp_path, resamples=15)
+    gathered = gather_from(tmp_path)
+    drawn, rho = (pd.read_csv(tmp_path / name) for name in ("bootstrap.csv", "rho.csv"))
+    live = rho.groupby("layer").rho.count()
+    means = [
+        sum(rows.set_index("layer")["mean"][layer] * live[layer] for layer in live.index) / live.sum()
+        for _, rows in drawn.groupby("resample")
+    ]
+    errors = errors_over_layers(gathered.rho, gathered.bootstrap)
+    assert errors.item() == pytest.approx(np.std(means, ddof=1))
+    (line, _) = overview(gathered)
+    assert (line.mean, line.error) == pytest.approx((rho.rho.mean(), np.std(means, ddof=1)))
+    assert line.areas["pattern_attribution"] == pytest.approx((0.3, 0.25, 0.35))
+    # A layer that was not drawn again makes the whole unknown.
+    partial = gathered.bootstrap[gathered.bootstrap.layer != "classifier"]
+    assert errors_over_layers(gathered.rho, partial).isna().all()
