@@ -145,15 +145,6 @@ def test_a_folder_is_taken_by_its_very_name(tmp_path, name):
 # --- the report ---
 
 
-def make_multirun(folder, task, own=()):
-    overrides = {"task": list(task), "hydra": list(own)}
-    content = {"hydra": {"job": {"name": "pattern_bench"}, "overrides": overrides,
-                         "sweeper": {"_target_": "hydra.x.BasicSweeper"}}}  # fmt: skip
-    folder.mkdir()
-    (folder / "multirun.yaml").write_text(yaml.safe_dump(content))
-    return folder
-
-
 def test_a_message_holds_no_control_characters():
     assert shell_command(["a\x1b[2J\n", "b" * 10_000]).isprintable()
     assert len(shell_command(["b" * 10_000])) < 300
