@@ -23,9 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 LONGEST = [
-    "processes", "sweeps", "job", "faults", "resume", "signals", "devices", "tracking", "launchers", "determinism",
-    "probe_sgd", "fuzz", "wheel", "dashboard", "experiments", "fig2_and_scaling", "terminal", "reach", "gallery",
-    "canonical", "half_precision",
+    "processes", "sweeps", "signals", "job", "resume", "devices", "tracking", "probe_sgd", "launchers", "wheel",
+    "determinism", "canonical", "gallery", "dashboard", "reach", "security", "out_of_memory", "fuzz", "terminal",
+    "fig2_and_scaling", "full_disks", "experiments",
 ]  # fmt: skip
 """Modules that take longest: first, so that no process is left alone with one at the end."""
 

@@ -91,3 +91,10 @@ def brute_rho(layer, probe_x, test_x, pattern, neuron, ridge, criterion="all"):
     v = np.linalg.lstsq(np.vstack([d, rows]), np.concatenate([y, np.zeros(len(rows))]), rcond=None)[0]
     d, y = residual(layer, test_x, pattern, neuron, criterion)
     return 1 - np.corrcoef(d @ v, y)[0, 1]
+
+
+def collected(layer, *batches, gram=True, memory=2**30):
+    collector = Collector(layer, gram, memory)
+    for x in batches:
+        collector.add(x, layer(x))
+    return collector.moments()

@@ -10,6 +10,8 @@ import pandas as pd
 import yaml
 from PIL import Image
 
+from pattern_bench.reporting.gathering import Gathered, gather
+
 LAYERS = {"features.0": 8, "features.2": 12, "classifier": 5}
 
 
@@ -82,3 +84,8 @@ def make_sweep(folder: Path, task: list[str], params=None, own=(), sweeper="Basi
     }
     (folder / "multirun.yaml").write_text(yaml.safe_dump({"hydra": node}))
     return folder
+
+
+def gather_from(*folders: Path) -> Gathered:
+    """Lay the runs below the folders together, as a report does."""
+    return gather([(folder, folder.name) for folder in folders])

@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn import functional as F
 
+from pattern_bench import methods
 from pattern_bench.configuration.location import CONF
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.estimators import Filter, Pattern
@@ -13,10 +14,7 @@ from pattern_bench.core.layers import LAYER_TYPES
 from pattern_bench.methods.base import create
 
 METHOD_FILES = sorted((CONF / "method").glob("*.yaml"))
-METHODS = {
-    "deconvnet", "dtd_w2", "gradient", "guided_backprop", "integrated_gradients", "lrp_z", "occlusion",
-    "pattern_attribution", "pattern_net", "prediction_difference", "smoothgrad",
-}  # fmt: skip
+METHODS = set(methods.by_name())
 
 
 def seeded(model):

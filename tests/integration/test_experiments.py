@@ -23,6 +23,7 @@ from experiments.models import __main__ as models
 from experiments.neurons import over_same_neurons
 from pattern_bench.core.active_moments import FiringCollector, firing_rho
 from pattern_bench.core.collector import Collector
+from pattern_bench.results.schema import write_csv
 from pattern_bench.storage.tensor_files import write_tensors
 
 
@@ -343,3 +344,19 @@ def test_an_experiment_says_what_it_needs(experiment):
     )
     assert done.returncode == 0, done.stderr
     assert "--photographs" in done.stdout
+
+
+def test_tables_of_the_experiments_are_guarded_and_read_back(tmp_path):
+    from experiments.pages import beside_others
+
+    file = tmp_path / "models.csv"
+    first = pd.DataFrame({"model": ["=1+1", "net", "-x"], "rho": [0.123456, -1.5, 2.0]})
+    write_csv(file, first, "%.3g")
+    assert file.read_text() == "model,rho\n'=1+1,0.123\nnet,-1.5\n'-x,2\n"
+    again = beside_others(file, pd.DataFrame({"model": ["=1+1"], "rho": [9.0]}), ["model"])
+    assert again.model.tolist() == ["net", "-x", "=1+1"]
+
+
+def test_no_experiment_writes_a_table_without_the_guard():
+    for file in (ROOT / "experiments").rglob("*.py"):
+        assert ".to_csv(" not in file.read_text(), file

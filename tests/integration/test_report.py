@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pandas as pd
 import pytest
 from helpers.damage import cut, flip, grow, remove
@@ -16,10 +15,8 @@ from helpers.made_runs import LAYERS, hydra, make_run, make_sweep
 from pattern_bench.commands.report import main
 from pattern_bench.errors import UserError
 from pattern_bench.reporting.gathering import gather
-from pattern_bench.reporting.runs import read_settings
 from pattern_bench.reporting.sections import report_sections
-from pattern_bench.reporting.sweeps import expected_names, read_sweep
-from pattern_bench.reporting.tables import errors_over_layers, overview, rho_table
+from pattern_bench.reporting.tables import rho_table
 
 
 @pytest.fixture
@@ -34,36 +31,7 @@ def report(tmp_path, capsys):
     return run
 
 
-def found(*folders):
-    return gather([(folder, folder.name) for folder in folders])
-
-
 # --- which runs there are ---
-
-
-def test_a_run_that_lies_in_wandbs_folder_too_is_one_run(tmp_path):
-    run = make_run(tmp_path / "run", run_id="abcd1234", overrides=["estimator=a"])
-    copy = run / "wandb" / "offline-run-20260101_000000-abcd1234" / "files" / "results"
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("wandb", ".hydra"))
-    (only,) = found(tmp_path).runs
-    assert only.folder == run.resolve()
-    assert only.overrides == ("estimator=a",)
-
-
-def test_of_two_attempts_with_one_id_the_later_is_read(tmp_path):
-    make_run(tmp_path / "old", run_id="abcd1234", ended="2026-01-01T00:00:00+00:00")
-    make_run(tmp_path / "new", run_id="abcd1234", ended="2026-01-02T00:00:00+01:00", seed=1)
-    (only,) = found(tmp_path).runs
-    assert only.folder.name == "new"
-
-
-def test_without_ids_what_runs_hold_tells_them_apart(tmp_path):
-    run = make_run(tmp_path / "run")
-    shutil.copytree(run, tmp_path / "copy")
-    make_run(tmp_path / "other", estimator="w")
-    assert len(found(tmp_path).runs) == 2
-    # A folder that is given twice, too.
-    assert len(found(tmp_path, tmp_path / "other").runs) == 2
 
 
 def test_a_wandb_project_is_downloaded_and_read(tmp_path, monkeypatch, report):
@@ -137,19 +105,6 @@ def test_what_agrees_is_no_conflict_and_keeps_its_resamples(tmp_path, report):
 # --- what is missing ---
 
 
-def test_every_job_that_a_sweep_was_to_have_is_expected(tmp_path):
-    task = ["estimator=w,a", "seed=range(0,3)", "layer='features.*'", "+sweep=x"]
-    jobs = read_sweep(make_sweep(tmp_path, task)).jobs
-    assert len(jobs) == 6
-    assert jobs[1] == ("estimator=w", "seed=1", "layer='features.*'", "+sweep=x")
-    # The command line wins over the sweeper's own parameters.
-    jobs = read_sweep(make_sweep(tmp_path, ["model=linear"], {"model": "a,b", "estimator": "glob(a*)"})).jobs
-    assert {frozenset(job) for job in jobs} == {
-        frozenset({"model=linear", f"estimator={e}"}) for e in ("a", "a_plus_minus")
-    }
-    assert read_sweep(make_sweep(tmp_path, ["estimator=w,a"], sweeper="OptunaSweeper")).jobs is None
-
-
 def test_missing_jobs_are_rows_of_the_figures_and_have_a_command(tmp_path, report):
     sweep = make_sweep(
         tmp_path / "sweep", ["estimator=w,a,x", "model=small_vgg"],
@@ -195,31 +150,6 @@ def test_a_run_that_was_begun_outside_a_sweep_is_listed_with_what_resumes_it(tmp
     assert f"python -m pattern_bench.gallery resume={tmp_path}/picture" in said
 
 
-def test_a_layer_that_one_estimator_lacks_is_missing_and_one_without_residual_is_not(tmp_path):
-    make_run(tmp_path / "w", estimator="w")
-    make_run(tmp_path / "a", estimator="a", layers={"features.0": 8})
-    make_run(tmp_path / "x", estimator="x")
-    gathered = found(tmp_path)
-    table = rho_table(gathered.rho, gathered.bootstrap, gathered.missing_cells)
-    status = {(row.estimator, row.layer): row.status for row in table.itertuples()}
-    assert status["a", "features.2"] == status["a", "classifier"] == "missing"
-    assert {status["x", layer] for layer in LAYERS} == {"undefined"}
-    assert list(status.values()).count("complete") == 4
-    # In the order of the paper's estimators and the network's layers.
-    assert list(status)[:3] == [("x", "features.0"), ("w", "features.0"), ("a", "features.0")]
-
-
-def test_names_of_a_missing_job_are_those_that_it_would_have():
-    names = expected_names(["data=toy", "estimator=w", "probe=both", "method=lrp_z", "degradation.order=least"])
-    assert (names.model, names.data, names.estimator, names.probes) == ("linear", "toy", "w", ("closed_form", "sgd"))
-    assert names.curve == ("none", "lrp_z, least relevant first")
-    assert expected_names(["estimator=x"]).curve == ("x", "lrp_z")
-    assert expected_names(["layer=features.0"]).curve is None
-    assert expected_names(["estimator=none_such"]) is None
-    # Nothing that it names is built, or even imported.
-    assert expected_names(["allow_any_target=true", "estimator._target_=os.system"]).estimator == "a_plus_minus"
-
-
 @pytest.mark.slow
 def test_missing_cells_of_a_real_sweep(command, tmp_path):
     """Two of its jobs fail, since there is no such criterion."""
@@ -233,38 +163,6 @@ def test_missing_cells_of_a_real_sweep(command, tmp_path):
         ("all", "w"): "complete", ("all", "a"): "complete", ("most", "w"): "missing", ("most", "a"): "missing",
     }  # fmt: skip
     assert len(table) == 4 * 6
-
-
-# --- the numbers ---
-
-
-def test_standard_errors_over_all_layers_are_those_of_the_weighted_mean(tmp_path):
-    make_run(tmp_path, resamples=15)
-    gathered = found(tmp_path)
-    drawn, rho = (pd.read_csv(tmp_path / name) for name in ("bootstrap.csv", "rho.csv"))
-    live = rho.groupby("layer").rho.count()
-    means = [
-        sum(rows.set_index("layer")["mean"][layer] * live[layer] for layer in live.index) / live.sum()
-        for _, rows in drawn.groupby("resample")
-    ]
-    errors = errors_over_layers(gathered.rho, gathered.bootstrap)
-    assert errors.item() == pytest.approx(np.std(means, ddof=1))
-    (line, _) = overview(gathered)
-    assert (line.mean, line.error) == pytest.approx((rho.rho.mean(), np.std(means, ddof=1)))
-    assert line.areas["pattern_attribution"] == pytest.approx((0.3, 0.25, 0.35))
-    # A layer that was not drawn again makes the whole unknown.
-    partial = gathered.bootstrap[gathered.bootstrap.layer != "classifier"]
-    assert errors_over_layers(gathered.rho, partial).isna().all()
-
-
-def test_settings_are_flat_and_bounded(tmp_path):
-    file = tmp_path / "config.yaml"
-    file.write_text("a: {b: [1, x], c: null, d: [{e: true}]}\ncache: {dir: /home/me}\n")
-    assert read_settings(file) == {"a.b": '[1, "x"]', "a.c": "null", "a.d[0].e": "true"}
-    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))]
-    file.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="more than"):
-        read_settings(file)
 
 
 # --- damage ---
@@ -344,45 +242,3 @@ def test_a_million_neurons_stay_below_two_gibibytes(tmp_path, capsys):
         print(f"\n1,000,000 rows of 100 runs: {done.stdout.splitlines()[-1]}, {peak:.2f} GiB")
     assert peak < 2
     assert len(pd.read_csv(tmp_path / "report" / "fig3.csv")) == 2000
-
-
-@pytest.mark.parametrize(("file", "field", "wrongs"), [
-    *(("summary.json", field, (None, 7, ["a"])) for field in ("run_id", "model", "data", "method", "probe")),
-    *(("summary.json", field, (True, "0", 1.5, [])) for field in ("seed", "processes", "patch", "steps")),
-    *(("summary.json", field, (True, "0.5", [], float("inf"))) for field in ("accuracy", "positions")),
-    *(("summary.json", field, (None, [], {"a": "0.5"}, {"a": None}, {"a": True}, {"a": float("nan")}))
-      for field in ("area_over_curve", "seconds", "images_per_second", "peak_memory_mib", "splits")),
-    ("summary.json", "area_over_curve_interval", (None, [], [[0, 1]])), ("summary.json", "rho", (None, [], 0.5)),
-    ("summary.json", "skipped", ([], {"a": 1})), ("summary.json", "versions", ({"torch": 2.1}, "2.1")),
-    ("summary.json", "unreadable", (0, [1], "a")), ("summary.json", "signal_angle_degrees", (3, {"filter": "3"})),
-    ("accuracy.json", "model", (7, None)), ("accuracy.json", "top5", (None, "1", 1.5, 0.1, True)),
-])  # fmt: skip
-def test_a_field_of_another_type_is_one_error_that_names_file_and_field(tmp_path, file, field, wrongs):
-    make_run(tmp_path / "run", run_id="abcd1234", overrides=["estimator=a"])
-    path = tmp_path / "run" / file
-    good = json.loads(path.read_text())
-    for wrong in (*wrongs, "x" * 9999 if field == "splits" else [["x" * 9999]]):
-        path.write_text(json.dumps({**good, field: wrong}))
-        with pytest.raises(UserError, match=rf"^the run in there/run is damaged \({file} gives {field} as ") as raised:
-            gather([(tmp_path, "there")])
-        assert "\n" not in str(raised.value)
-        assert len(str(raised.value)) < 300
-    path.write_text(json.dumps(good))
-    gather([(tmp_path, "there")])
-
-
-@pytest.mark.parametrize("kind", ["gallery", "sanity"])
-def test_a_gallery_or_sanity_check_of_other_types_is_one_error(tmp_path, kind):
-    make_run(tmp_path / "run")
-    hydra(tmp_path / "other", [], kind)
-    good = {"model": "net", "data": "digits", "seed": 0, "left_out": {"a": "why"}, "versions": {"torch": "2"}}
-    good |= {"figure": "fig5", "images": [{"true": "1"}], "columns": [{"key": "a"}]} if kind == "gallery" else {}
-    for name in good:
-        for wrong in (True, None, 1.5, [3], {"a": [1]}, "../../secret"):
-            if isinstance(wrong, str) and isinstance(good[name], str) and name != "figure":
-                continue
-            (tmp_path / "other" / f"{kind}.json").write_text(json.dumps({**good, name: wrong}))
-            with pytest.raises(UserError, match=rf"^the run in there/other is damaged \({kind}\.json gives {name} as "):
-                gather([(tmp_path, "there")])
-    (tmp_path / "other" / f"{kind}.json").write_text(json.dumps(good))
-    assert len(gather([(tmp_path, "there")]).pictures) == 1

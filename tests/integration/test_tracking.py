@@ -8,12 +8,10 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlparse
 
 import numpy as np
 import pandas as pd
@@ -30,7 +28,6 @@ from pattern_bench.configuration.location import CONF
 from pattern_bench.errors import UserError
 from pattern_bench.pipeline import gallery, patterns, sanity
 from pattern_bench.pipeline.job import run
-from pattern_bench.tracking import wandb_server
 
 FEW = ["data.limit=300", "model.training.epochs=4", "degradation.images=8"]
 JOB = [*FEW, "probe=both", "probe.steps=20", "bootstrap.resamples=2"]
@@ -551,84 +548,6 @@ def test_a_wandb_that_cannot_be_started_means_no_tracking(tmp_path, monkeypatch,
 
 
 # --- online or offline ---
-
-
-@pytest.fixture
-def asked(monkeypatch, tmp_path):
-    """The addresses that were tried, all in vain; without W&B's settings, netrc or a proxy."""
-    tried = []
-
-    def connect(address, _seconds):
-        tried.append(address)
-        raise ConnectionRefusedError
-
-    for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(wandb_server.socket, "create_connection", connect)
-    return tried
-
-
-def test_an_address_that_is_none_is_one_error_that_does_not_repeat_it(monkeypatch):
-    wandb.teardown()
-    monkeypatch.setenv("WANDB_BASE_URL", f"user:{PASSWORD}@nowhere")
-    with pytest.raises(UserError, match="not possible: WANDB_BASE_URL") as caught:
-        wandb_server.reachable()
-    assert PASSWORD not in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.fixture
-def reachable(monkeypatch):
-    """Whether W&B is, where its server has this address."""
-
-    def found(url):
-        monkeypatch.setattr(wandb_server, "_server", lambda: urlparse(url))
-        return wandb_server.reachable()
-
-    return found
-
-
-def test_without_a_key_no_connection_is_tried(asked, reachable, tmp_path, caplog):
-    (tmp_path / "netrc").write_text(f"machine example.org\n  login user\n  password {KEY}\n")
-    assert not reachable("https://api.wandb.ai")
-    assert not reachable("http://example.org:8080")  # W&B looks for the port too, and would ask
-    assert asked == []
-    assert caplog.messages == []
-
-
-def test_a_key_of_any_kind_lets_the_server_be_tried(asked, reachable, tmp_path, monkeypatch):
-    (tmp_path / "netrc").write_text(f"machine one.org:8080\n  login user\n  password {KEY}\n")
-    assert not reachable("http://one.org:8080")
-    monkeypatch.setenv("WANDB_IDENTITY_TOKEN_FILE", "token")
-    assert not reachable("https://two.org")
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert not reachable("http://three.org/path")
-    assert asked == [("one.org", 8080), ("two.org", 443), ("three.org", 80)]
-
-
-def test_behind_a_proxy_the_proxy_is_tried(asked, reachable, monkeypatch, caplog):
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("https_proxy", f"http://user:{PASSWORD}@proxy.org:3128")
-    monkeypatch.setenv("no_proxy", "inside.org")
-    assert not reachable("https://outside.org")
-    assert not reachable("https://inside.org")
-    assert asked == [("proxy.org", 3128), ("inside.org", 443)]
-    assert PASSWORD not in caplog.text
-
-
-def test_a_name_server_that_hangs_is_not_waited_for(asked, reachable, monkeypatch):
-    over = threading.Event()
-
-    def hang(*_):
-        over.wait()
-        raise OSError
-
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(wandb_server, "CONNECT_SECONDS", 0.05)
-    monkeypatch.setattr(wandb_server.socket, "create_connection", hang)
-    assert not reachable("https://api.wandb.ai")
-    over.set()
 
 
 @pytest.mark.very_slow

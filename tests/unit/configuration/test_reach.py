@@ -1,7 +1,6 @@
 """No setting of one run reaches the figures of another: each is in the keys of what it changes, or changes nothing."""
 
 import importlib
-import inspect
 import itertools
 import re
 import sys
@@ -12,7 +11,6 @@ import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
-import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, Phase, example, given
@@ -21,13 +19,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from pattern_bench.configuration.build import build
-from pattern_bench.configuration.checks import check_trainer
 from pattern_bench.configuration.location import CONF
 from pattern_bench.configuration.reach import REACHES, STAGES, reach
 from pattern_bench.configuration.trainer_arguments import HARMLESS, OWN, REFUSED
 from pattern_bench.data.splits import make_splits
 from pattern_bench.engine.progress import StageProgress
-from pattern_bench.errors import UserError
 from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.setup import prepare
 from pattern_bench.plotting import figures
@@ -102,18 +98,6 @@ def test_every_line_of_the_declaration_is_some_settings(every_setting):
 # --- Lightning's arguments ---
 
 
-def test_every_argument_of_lightnings_is_known():
-    arguments = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
-    assert arguments == {*OWN, *HARMLESS, *REFUSED} - {"lost_after", "tf32"}
-    assert not set(HARMLESS) & set(REFUSED)
-
-
-@pytest.mark.parametrize("name", sorted(REFUSED))
-def test_an_argument_that_could_change_a_figure_is_refused_with_a_remedy(name):
-    with pytest.raises(UserError, match=rf"trainer\.{name}=1 is not possible: .*(give|leave)"):
-        check_trainer({"accelerator": "cpu", name: 1})
-
-
 def test_a_remedy_names_settings_that_there_are(every_setting):
     groups = {"logger", "resume", "quiet", "probe"}
     for remedy in REFUSED.values():
@@ -121,31 +105,8 @@ def test_a_remedy_names_settings_that_there_are(every_setting):
             assert (name[0] or name[1]) in every_setting | groups
 
 
-def test_an_unknown_argument_gets_a_hint():
-    with pytest.raises(UserError, match=r"trainer.profilr=simple is unknown: did you mean profiler\?"):
-        check_trainer({"profilr": "simple"})
-    with pytest.raises(UserError, match=r"trainer.limit_predict_batchs=1 is unknown"):
-        check_trainer({"limit_predict_batchs": 1})
-
-
-def test_strategies_of_which_the_suite_knows_nothing_are_refused():
-    with pytest.raises(UserError, match=r"trainer.strategy=fsdp is not possible: choose from auto, ddp"):
-        check_trainer({"strategy": "fsdp"})
-
-
-def test_a_refused_argument_ends_the_job_before_it_begins(command, tmp_path):
-    done = command("logger=none", "+trainer.limit_predict_batches=1", f"hydra.run.dir={tmp_path / 'run'}")
-    assert done.returncode == 1
-    assert (
-        done.stderr.strip()
-        .splitlines()[-1]
-        .startswith("error: trainer.limit_predict_batches=1 is not possible: give data.limit")
-    )
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run" / "splits.csv").exists()
-
-
 # --- keys ---
+
 
 TINY = [
     "quiet=true", "data.limit=60", "data.batch_size=20", "model.width=2", "model.blocks=[1]", "model.dense=[4]",
@@ -255,6 +216,7 @@ def test_what_makes_the_images_is_in_their_fingerprint(configure, photographs, t
 
 # --- networks ---
 
+
 NETWORK = """
 from torch import nn
 from torch.nn import functional as F
@@ -302,6 +264,7 @@ def test_the_code_of_the_users_network_is_in_its_key(model_key):
 
 
 # --- results ---
+
 
 BASE = [
     "quiet=true", "data.limit=250", "data.batch_size=50", "model.width=4", "model.blocks=[1]", "model.dense=[8]",

@@ -1,6 +1,5 @@
 """What the folder of a run may say: its settings, and nothing that is imported or run, or read from the environment."""
 
-import json
 import os
 import shlex
 
@@ -12,8 +11,6 @@ from pattern_bench.commands.hydra_entry import arguments
 from pattern_bench.configuration.location import CONF
 from pattern_bench.configuration.resumed_overrides import may_be_taken, quoted, shell_command
 from pattern_bench.errors import UserError
-from pattern_bench.reporting.sweeps import command_of, expected_names, read_sweep
-from pattern_bench.storage.untrusted import read_json, read_yaml
 
 REFUSED = [
     # classes, and the check of them
@@ -146,66 +143,6 @@ def test_a_folder_is_taken_by_its_very_name(tmp_path, name):
 
 
 # --- the report ---
-
-
-def make_multirun(folder, task, own=()):
-    overrides = {"task": list(task), "hydra": list(own)}
-    content = {"hydra": {"job": {"name": "pattern_bench"}, "overrides": overrides,
-                         "sweeper": {"_target_": "hydra.x.BasicSweeper"}}}  # fmt: skip
-    folder.mkdir()
-    (folder / "multirun.yaml").write_text(yaml.safe_dump(content))
-    return folder
-
-
-def test_a_command_of_a_report_does_not_run_what_a_folder_names(tmp_path):
-    task = [
-        "estimator=w,a",
-        "allow_any_target=true",
-        "method._target_='os.$(touch x)\x1b[2J'",
-        "+x={_target_: a},{b: c}",
-    ]
-    sweep = read_sweep(
-        make_multirun(tmp_path / "sweep", task, ["hydra.launcher.setup=[evil]", "hydra/launcher=joblib"])
-    )
-    line = command_of(sweep.kind, sweep.arguments, tmp_path)
-    runs, _, without = line.partition("  # without ")
-    assert shlex.split(runs)[3:] == ["-m", "estimator=w,a", "hydra/launcher=joblib", f"hydra.sweep.dir={tmp_path}"]
-    assert shlex.split(without)[:2] == ["allow_any_target=true", r"method._target_='os.$(touch x)\x1b[2J'"]
-    assert line.isprintable()
-
-
-def test_a_sweep_of_too_many_jobs_is_an_error_at_once(tmp_path):
-    for number, task in enumerate(
-        (["seed=range(0,1000000000000)"], ["seed=range(9999)", "degradation.images=range(99)"])
-    ):
-        with pytest.raises(UserError, match=r"damaged.*jobs or more"):
-            read_sweep(make_multirun(tmp_path / str(number), task))
-
-
-def test_names_of_a_missing_job_do_not_show_the_environment_or_files(monkeypatch, tmp_path):
-    monkeypatch.setenv("SECRET", "hunter2")
-    (tmp_path / "evil.yaml").write_text("# @package _global_\nmodel: {name: hunter2}\n")
-    up = os.path.relpath(tmp_path / "evil", CONF / "model")
-    for text in ("model.name=${oc.env:SECRET}", f"model={up}", f"+model={up}"):
-        assert "hunter2" not in repr(expected_names(["data=toy", text]))
-
-
-def test_small_files_are_bounded(tmp_path):
-    file = tmp_path / "x"
-    for text in ("a: &a [1]\nb: *a", "- " * 500 + "x", "{a: " * 500):
-        file.write_text(text)
-        with pytest.raises((ValueError, yaml.YAMLError)):
-            read_yaml(file)
-    file.write_text(json.dumps([1]))
-    with pytest.raises(ValueError, match="no object"):
-        read_json(file)
-    with file.open("wb") as large:
-        large.truncate(2**40)
-    with pytest.raises(ValueError, match="more than"):
-        read_json(file)
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="no file"):
-        read_json(tmp_path / "pipe")
 
 
 def test_a_message_holds_no_control_characters():

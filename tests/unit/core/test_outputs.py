@@ -1,10 +1,10 @@
 """Networks that put out something else than logits (B, K), and networks in other forms, are read as what they are."""
 
 import copy
-from collections import namedtuple
 
 import pytest
 import torch
+from helpers.endings import Ending, Named, images, plain
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -12,34 +12,9 @@ from torch.nn.utils import prune
 import pattern_bench as pb
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.network import layers_in_order
-from pattern_bench.core.outputs import as_logits, heads
+from pattern_bench.core.outputs import as_logits
 from pattern_bench.core.predictions import prediction_of, probabilities
-from pattern_bench.engine.training import AUXILIARY, Learner
 from pattern_bench.errors import UserError
-
-
-def plain(outputs=5):
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, outputs)
-    ).eval()  # fmt: skip
-
-
-def images(count=6, *shape):
-    return torch.randn(count, *(shape or (3, 12, 12)), generator=torch.Generator().manual_seed(1))
-
-
-class Ending(nn.Module):
-    """``end`` of the plain network's outputs; attention-like softmaxes come before it."""
-
-    def __init__(self, end, outputs=5):
-        super().__init__()
-        self.output, self.end = plain(outputs), end  # a name that the wrapper must not take for itself
-
-    def forward(self, x):
-        gate = x.mean((2, 3)).softmax(1).sum(1).sigmoid()
-        return self.end(self.output(x) * (gate / gate)[:, None])
-
 
 ENDS = {
     "softmax": lambda z: F.softmax(z, dim=1),
@@ -239,9 +214,6 @@ def test_a_function_undoes_what_follows_a_softmax():
         canonical(pb.Logits(Heads(lambda n, f, m, a, b: a).eval(), lambda y: 2 * y.softmax(1)), x)
 
 
-Named = namedtuple("Named", "logits aux_logits")
-
-
 @pytest.mark.parametrize(
     ("end", "output"),
     [
@@ -366,185 +338,3 @@ class Globs(nn.Module):
 
 def test_a_layers_name_may_hold_what_a_glob_would_read():
     assert list(pb.collect_moments(Globs().eval(), [images()], layers=["parts.conv[1]"])) == ["parts.conv[1]"]
-
-
-# --- settings of degradation, signals and volumes ---
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"patch": 0}, "patch=0 is not possible: give a whole number"), ({"patch": -2}, "patch=-2 is not possible"),
-        ({"patch": 2.5}, "patch=2.5 is not possible"), ({"steps": 2.5}, "steps=2.5 is not possible"),
-        ({"steps": 0}, "steps=0 is not possible"), ({"patch": 13}, "patch=13 is not possible: images of this size"),
-        ({"target": 5}, "target=5 is out of range: the network has 5 outputs"), ({"target": True}, "target=True"),
-        ({"target": torch.full((6,), -1)}, "target=-1 is out of range"),
-        ({"target": torch.zeros(6)}, r"target=torch.float32 of shape \(6,\) is not possible"),
-        ({"target": torch.zeros(4).long()}, r"target=torch.int64 of shape \(4,\) is not possible"),
-    ],
-)  # fmt: skip
-def test_impossible_settings_of_degradation_are_one_error(settings, message):
-    with pytest.raises(UserError, match=message):
-        pb.degradation(plain(), images(), {}, **({"patch": 2, "steps": 4} | settings))
-
-
-@pytest.mark.parametrize("shape", [(4, 20), (2, 6, 5, 7)])
-@pytest.mark.parametrize("how", ["mean", "constant", "blur"])
-def test_signals_and_volumes_are_degraded_patch_by_patch(shape, how):
-    """Against loops over patches, along every spatial dimension."""
-    x, spatial = images(3, *shape), shape[1:]
-    weights = images(1, *shape)[0]
-
-    class Sums(nn.Module):
-        def forward(self, x):
-            return torch.stack([(x * weights).flatten(1).sum(1), x.flatten(1).sum(1)], 1)
-
-    heat = torch.randn(3, *shape)
-    found = pb.degradation(Sums().eval(), x, {"h": lambda *_: heat}, 0, patch=2, steps=4, replacement=how, value=0.3)[
-        "h"
-    ]
-    corners = torch.cartesian_prod(*[torch.arange(0, n // 2 * 2, 2) for n in spatial]).view(-1, len(spatial)).tolist()
-    for image, its_heat, curve in zip(x, heat, found, strict=True):
-        boxes = [(slice(None), *(slice(a, a + 2) for a in corner)) for corner in corners]
-        boxes.sort(key=lambda box: -float(its_heat[box].sum()))
-        blurred = smooth(image)
-        for step in range(5):
-            if step:
-                box = boxes[step - 1]
-                mean = image[box].mean(tuple(range(1, image.ndim)), keepdim=True)
-                image = image.clone()
-                image[box] = {"mean": mean, "constant": torch.tensor(0.3), "blur": blurred[box]}[how]
-            expected = Sums()(image[None]).softmax(1)[0, 0]
-            torch.testing.assert_close(curve[step], expected, rtol=1e-4, atol=1e-5)
-
-
-def smooth(image):
-    from scipy.ndimage import gaussian_filter
-
-    channels = [gaussian_filter(channel.double().numpy(), 2, mode="nearest", truncate=3) for channel in image]
-    return torch.stack([torch.from_numpy(channel) for channel in channels]).float()
-
-
-@pytest.mark.parametrize("shape", [(22, 64), (1, 8, 8, 8)])
-def test_signals_and_volumes_are_drawn(shape, tmp_path):
-    convolution, pool = {2: (nn.Conv1d, nn.AdaptiveAvgPool1d), 4: (nn.Conv3d, nn.AdaptiveAvgPool3d)}[len(shape)]
-    model = nn.Sequential(convolution(shape[0], 4, 3), nn.ReLU(), pool(1), nn.Flatten(), nn.Linear(4, 3)).eval()
-    x = images(2, *shape)
-    methods = {"heat": lambda m, i, t: i, "signal": lambda m, i, t: -i}
-    pb.draw_gallery(model, x, methods, tmp_path / "gallery.png")
-    assert (tmp_path / "gallery.png").stat().st_size > 5000
-
-
-# --- "same" padding ---
-
-
-class Same(nn.Conv2d):
-    """Pads as TensorFlow does, by the size of what it is given; or by a rule of its own."""
-
-    rule = staticmethod(lambda n, k, s: max(0, (-(-n // s) - 1) * s + k - n))
-
-    def forward(self, x):
-        margins = [self.rule(n, k, s) for n, k, s in zip(x.shape[2:], self.kernel_size, self.stride, strict=True)]
-        (top, left), (height, width) = [m // 2 for m in margins], margins
-        return self._conv_forward(F.pad(x, (left, width - left, top, height - top)), self.weight, self.bias)
-
-
-class Odd(Same):
-    rule = staticmethod(lambda n, k, s: n % 3)
-
-
-def padded(kind, kernel):
-    torch.manual_seed(0)
-    return nn.Sequential(
-        kind(3, 8, kernel, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
-    ).eval()
-
-
-@pytest.mark.parametrize("kernel", [2, 3, 5])
-@pytest.mark.parametrize("first", [12, 13])
-def test_batches_of_other_sizes_through_same_padding_are_the_sum_of_separate_ones(kernel, first):
-    model, batches = padded(Same, kernel), [images(4, 3, n, n + 1) for n in (first, 15, 14, 25 - first)]
-    together = pb.collect_moments(model, batches)["0"]
-    alone = [pb.collect_moments(model, [x])["0"] for x in batches]
-    for key, found in together.tensors().items():
-        torch.testing.assert_close(found, sum(one.tensors()[key] for one in alone), rtol=1e-4, atol=1e-3)
-    network = canonical(model, batches[0][:1])
-    for x in batches:
-        torch.testing.assert_close(network(x), model(x).detach())
-
-
-def test_another_rule_of_padding_holds_for_one_size():
-    model = padded(Odd, 3)
-    network = canonical(model, images(1))
-    torch.testing.assert_close(network(images()), model(images()).detach())
-    network = canonical(model, images(1, 3, 14, 14))
-    with pytest.raises(
-        UserError, match="written out for inputs of 14×14, and meets one of 15×15: give images of one size"
-    ):
-        network(images(2, 3, 15, 15))
-
-
-# --- training ---
-
-
-class Batches:
-    seed = 0
-
-    def __len__(self):
-        return 1
-
-
-def learner(model, regression=False):
-    from pattern_bench.models.base import Training
-
-    return Learner(model, Training(1, 0.1, 6), regression, Batches())
-
-
-def test_auxiliary_heads_count_in_training():
-    x, targets = images(), torch.tensor([0, 1, 2, 3, 4, 0])
-    z = torch.randn(6, 5)
-    for outputs in ((z, -z, x), Named(z, -z), {"aux": -z, "logits": z}):
-        own, *auxiliary = heads(outputs)
-        assert torch.equal(own, z)
-        assert len(auxiliary) == 1
-        assert torch.equal(auxiliary[0], -z)
-    model = Ending(lambda z: Named(z, -z))
-    z = model(x).logits
-    expected = F.cross_entropy(z, targets) + AUXILIARY * F.cross_entropy(-z, targets)
-    found = learner_step(learner(model), x, targets)
-    torch.testing.assert_close(found, expected.detach())
-
-
-def learner_step(made, x, targets):
-    from types import SimpleNamespace
-
-    made._trainer = SimpleNamespace(global_step=0, current_epoch=0)
-    made.descend = lambda count, loss: loss(slice(0, count)).detach()
-    type(made).global_step = property(lambda self: 0)
-    try:
-        return made.training_step(SimpleNamespace(images=x, targets=targets), 0)
-    finally:
-        del type(made).global_step
-
-
-def test_one_logit_is_trained_on_two_classes():
-    x, targets = images(), torch.tensor([0, 1, 1, 0, 1, 0])
-    model = plain(1)
-    expected = F.binary_cross_entropy(model(x).sigmoid().squeeze(1), targets.float())
-    torch.testing.assert_close(learner_step(learner(model), x, targets), expected.detach())
-
-
-# --- outputs that never fire ---
-
-
-@pytest.mark.parametrize("kind", [pb.PatternNet, pb.PatternAttribution])
-def test_an_output_that_never_fired_is_explained_by_its_own_weight_and_it_is_said(kind):
-    model, x = plain(), images()
-    with torch.no_grad():
-        model[4].bias[2] = -1e3
-    patterns = pb.fit_patterns(model, pb.collect_moments(model, [x], gram=False))
-    assert patterns["4"].dead[2]
-    with pytest.warns(UserWarning, match="never fired where patterns were fitted.*own weight is propagated instead"):
-        found = kind(model, patterns).attribute(x, 2)
-    torch.testing.assert_close(found, kind(model, patterns, last_layer="weight").attribute(x, 2))
-    assert found.abs().amax() > 0

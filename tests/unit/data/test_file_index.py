@@ -3,29 +3,18 @@ import io
 import multiprocessing
 import os
 import pickle
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
-from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from pattern_bench.configuration.build import build
 from pattern_bench.data import file_index
-from pattern_bench.data import imagenet as imagenet_module
 from pattern_bench.data.file_index import Names, list_images, numbers, tensor_of
 from pattern_bench.data.folder import FolderPool
-from pattern_bench.errors import UserError
 from pattern_bench.storage.cache import Cache
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return Cache(str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -63,19 +52,6 @@ def by_brute_force(root):
         stat = (root / path).stat()
         digest.update(f"{path.as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return [path.as_posix() for path in files], digest.hexdigest()
-
-
-@pytest.fixture
-def looked_into(monkeypatch):
-    """The folders that are listed, by name."""
-    found, scandir = [], os.scandir
-
-    def watched(folder):
-        found.append(Path(os.fsdecode(folder)).name)
-        return scandir(folder)
-
-    monkeypatch.setattr(file_index.os, "scandir", watched)
-    return found
 
 
 def test_a_listing_is_in_the_order_of_paths(tree):
@@ -252,149 +228,3 @@ def test_names_are_a_sequence():
     assert list(names.below("z/")) == [f"z/{word}" for word in words]
     assert list(Names(tensor_of(bytearray()), torch.zeros(0, dtype=torch.int64))) == []
     assert list(numbers(torch.tensor([3, -1]))) == [3, -1]
-
-
-WNIDS = ("n01443537", "n01440764", "n02119789")
-
-
-@pytest.fixture
-def imagenet(photographs, tmp_path):
-    root = tmp_path / "imagenet"
-    for part in ("train", "val"):
-        for i, wnid in enumerate(WNIDS):
-            photographs(root / part / wnid, count=3 + i, classes=0, size=20)
-    names = {wnid: (wnid.upper(),) for wnid in WNIDS}
-    torch.save((names, list(WNIDS)), root / "meta.bin")
-    return root
-
-
-@pytest.fixture(scope="module")
-def settings(configure):
-    return configure("data=imagenet", "data.root=ROOT").data
-
-
-@pytest.fixture
-def source(settings):
-    def make(root, cache=None):
-        made = build(OmegaConf.merge(settings, {"root": str(root)}))
-        made.cache = cache
-        return made
-
-    return make
-
-
-def test_imagenet_is_torchvisions(imagenet, source, cache, looked_into):
-    settle(imagenet)
-    pools = source(imagenet, cache).pools()
-    looked_into.clear()
-    again = source(imagenet, cache).pools()
-    assert set(looked_into) <= {"train", "val"}  # torchvision's look at the classes
-    for part, pool, kept in zip(("train", "val"), pools, again, strict=True):
-        reference = datasets.ImageNet(imagenet, split=part)
-        assert list(pool.ids) == [Path(file).relative_to(imagenet).as_posix() for file, _ in reference.imgs]
-        assert list(pool.labels) == reference.targets
-        assert pool.classes == len(reference.classes) == 3
-        assert all(pool.image(i).tobytes() == reference[i][0].tobytes() for i in range(len(reference)))
-        assert (list(kept.ids), list(kept.labels), kept.fingerprint) == (
-            list(pool.ids), list(pool.labels), pool.fingerprint,
-        )  # fmt: skip
-
-
-def test_imagenets_fingerprint_follows_the_images(imagenet, source, cache):
-    settle(imagenet)
-    before = source(imagenet, cache).pools()[1].fingerprint
-    file = imagenet / "val" / WNIDS[0] / "0.jpg"
-    file.write_bytes(file.read_bytes() + b"\0")
-    assert source(imagenet, cache).pools()[1].fingerprint != before
-
-
-def _empty(root):
-    (root / "val" / WNIDS[0]).rename(root / "elsewhere")
-    (root / "val" / WNIDS[0]).mkdir()
-
-
-def _stray(root):
-    (root / "train/stray.jpg").write_bytes(b"")
-
-
-def _unknown(root):
-    (root / "train/n00000000").mkdir()
-
-
-def _no_meta(root):
-    (root / "meta.bin").unlink()
-
-
-def _bad_meta(root):
-    (root / "meta.bin").write_bytes(b"no archive")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_empty, r"data.root=.*: val/n01443537 holds no image: fill it"),
-        (_stray, r"data.root=.*: train/stray.jpg lies in no class's folder"),
-        (_unknown, r"data.root=.*: train/ has a folder 'n00000000', which is no class of meta.bin"),
-        (_no_meta, r"data.root=.* has no ImageNet \(The archive ILSVRC2012_devkit_t12.tar.gz is not present"),
-        (_bad_meta, r"data.root=.* has no ImageNet"),
-    ],
-)  # fmt: skip
-def test_what_is_not_imagenet_is_refused(imagenet, source, change, message):
-    change(imagenet)
-    with pytest.raises(UserError, match=message):
-        source(imagenet).pools()
-
-
-def _archive(file, members):
-    with tarfile.open(file, "w") as archive:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-
-
-def test_imagenets_archives_are_unpacked(imagenet, source, monkeypatch):
-    """The archives as they are distributed: one per class in one, and validation images by their order."""
-    expected = [list(pool.labels) for pool in source(imagenet).pools()]
-    images = [
-        [(file.name, file.read_bytes()) for file in sorted((imagenet / "val" / wnid).iterdir())] for wnid in WNIDS
-    ]
-    for wnid, content in zip(WNIDS, images, strict=True):
-        _archive(imagenet / f"{wnid}.tar", {f"{wnid}_{name}": data for name, data in content})
-    _archive(
-        imagenet / "ILSVRC2012_img_train.tar",
-        {f"{wnid}.tar": (imagenet / f"{wnid}.tar").read_bytes() for wnid in WNIDS},
-    )
-    every = [(wnid, data) for wnid, content in zip(WNIDS, images, strict=True) for _, data in content]
-    _archive(imagenet / "ILSVRC2012_img_val.tar", {f"val_{i:05}.jpg": data for i, (_, data) in enumerate(every)})
-    names, _ = torch.load(imagenet / "meta.bin")
-    torch.save((names, [wnid for wnid, _ in every]), imagenet / "meta.bin")
-    for part in ("train", "val"):
-        (imagenet / part).rename(imagenet / f"old-{part}")
-    monkeypatch.setattr(datasets.imagenet, "check_integrity", lambda file, *_: Path(file).exists())
-    assert [list(pool.labels) for pool in source(imagenet).pools()] == expected
-
-
-@pytest.mark.parametrize("name", ["../../outside.JPEG", "/{tmp}/outside.JPEG"])
-def test_archives_cannot_write_outside_the_root(imagenet, source, monkeypatch, tmp_path, name):
-    """Also with the torchvision of before 0.29, which unpacks without a filter."""
-    (imagenet / "train").rename(imagenet / "old")
-    _archive(imagenet / "ILSVRC2012_img_train.tar", {name.format(tmp=tmp_path): b"x"})
-    monkeypatch.setattr(datasets.imagenet, "check_integrity", lambda file, *_: Path(file).exists())
-
-    def old(from_path, to_path, compression):
-        with tarfile.open(from_path) as archive:
-            archive.extractall(to_path)
-
-    monkeypatch.setitem(datasets.utils._ARCHIVE_EXTRACTORS, ".tar", old)
-    kept = tarfile.TarFile.__dict__.get("extraction_filter")
-    if name.startswith(".."):
-        with pytest.raises(UserError, match=r"has no ImageNet \(.*outside"):
-            source(imagenet).pools()
-    else:
-        with pytest.raises(UserError, match=r"data.root=.*"):  # unpacked, without the leading slash, into train/
-            source(imagenet).pools()
-    assert not (tmp_path / "outside.JPEG").exists()
-    assert tarfile.TarFile.__dict__.get("extraction_filter") is kept
-    with imagenet_module.safe_extraction(), tarfile.open(imagenet / "ILSVRC2012_img_train.tar") as archive:
-        assert archive.extraction_filter is tarfile.data_filter

@@ -12,7 +12,6 @@ from PIL import Image, features
 from pattern_bench.data.decode import decode
 from pattern_bench.data.folder import FolderPool
 from pattern_bench.data.image_files import counted, is_hidden, suffix_of, suffixes
-from pattern_bench.data.imagenet import _Layout
 from pattern_bench.data.shards import read_index
 from pattern_bench.errors import UserError
 from pattern_bench.storage.cache import Cache
@@ -130,13 +129,6 @@ def test_members_of_shards_follow_the_same_rules():
     assert bytes(tensors["names"].tolist()) == b"./a/0.gif"
     assert tensors["labels"].tolist() == [1]
     assert metadata["left_out"] == '{"hidden": 4, ".heic": 1}'
-
-
-def test_imagenets_folders_are_its_classes_alone(tmp_path):
-    for name in ("n01440764", "n01443537", ".ipynb_checkpoints", "@eaDir"):
-        (tmp_path / name).mkdir()
-    found = _Layout.find_classes(_Layout.__new__(_Layout), str(tmp_path))
-    assert found == (["n01440764", "n01443537"], {"n01440764": 0, "n01443537": 1})
 
 
 def test_counts_read_as_a_sentence():

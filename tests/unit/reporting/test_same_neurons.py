@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.made_runs import LAYERS, make_run
+from helpers.made_runs import LAYERS, gather_from, make_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -20,10 +20,6 @@ from pattern_bench.results.schema import LAYER, of_same_neurons
 DEAD = {"random": [], "w": [], "a": [1], "a_plus_minus": [1, 4], "mine": [0]}
 LOW = -3.0
 """ρ of neurons that are dead under some estimator, under the others: what is averaged with it shows."""
-
-
-def found(*folders):
-    return gather([(folder, folder.name) for folder in folders])
 
 
 def make(root, dead=None, low=True, **common):
@@ -156,7 +152,7 @@ def test_where_all_have_the_same_neurons_nothing_is_left_out_or_said(tmp_path, c
 
 def test_one_estimator_alone_keeps_its_own(tmp_path):
     make_run(tmp_path / "run", estimator="a_plus_minus", dead=[1, 4], resamples=5)
-    table = rho_table(*(lambda g: (g.rho, g.bootstrap))(found(tmp_path)))
+    table = rho_table(*(lambda g: (g.rho, g.bootstrap))(gather_from(tmp_path)))
     alone = own(tmp_path).groupby("layer").rho.mean()
     assert table["mean"].tolist() == pytest.approx([alone[layer] for layer in table.layer])
     assert (table.left_out == 0).all()
@@ -186,7 +182,7 @@ def test_criteria_and_probes_are_tables_of_their_own(tmp_path):
     descent = make_run(tmp_path / "descent", estimator="a_plus_minus", dead=[5])
     table = pd.read_csv(descent / "rho.csv").assign(probe="sgd")
     table.to_csv(descent / "rho.csv", index=False)
-    gathered = found(tmp_path)
+    gathered = gather_from(tmp_path)
     table = rho_table(gathered.rho, gathered.bootstrap).set_index(["model", "criterion", "probe", "estimator"]).left_out
     assert (table["net", "all", "closed_form", "w"] == 1).all()
     assert table.sum() == 3
@@ -202,7 +198,7 @@ def test_of_measured_neurons_those_are_compared_that_all_estimators_measured(tmp
         table = pd.read_csv(run / "rho.csv")
         table[table.neuron.isin(neurons)].to_csv(run / "rho.csv", index=False)
     rows = own(tmp_path)
-    table = rho_table(*(lambda g: (g.rho, g.bootstrap))(found(tmp_path)))
+    table = rho_table(*(lambda g: (g.rho, g.bootstrap))(gather_from(tmp_path)))
     for row in table.itertuples():
         values = rows[(rows.estimator == row.estimator) & rows.neuron.isin([0, 2])].rho
         assert (row.mean, row.neurons, row.dead, row.left_out) == (pytest.approx(values.mean()), 4, 1, 1)
@@ -212,7 +208,7 @@ def test_a_layer_that_is_dead_under_one_estimator_is_undefined_for_it_and_out_of
     make_run(tmp_path / "w", estimator="w", dead=[])
     make_run(tmp_path / "a", estimator="a", dead=range(6))  # all five of the classifier
     make_run(tmp_path / "x", estimator="x")
-    gathered = found(tmp_path)
+    gathered = gather_from(tmp_path)
     table = rho_table(gathered.rho, gathered.bootstrap).set_index(["estimator", "layer"])
     assert table.status["a", "classifier"] == "undefined"
     assert (table.status["w", "classifier"], table.left_out["w", "classifier"]) == ("complete", 0)
@@ -229,7 +225,7 @@ def test_a_layer_that_is_dead_under_one_estimator_is_undefined_for_it_and_out_of
 def test_without_a_neuron_that_all_have_there_is_no_value(tmp_path):
     for estimator, dead in (("w", [0, 1]), ("a", [2, 3, 4])):
         make_run(tmp_path / estimator, estimator=estimator, dead=dead, layers={"classifier": 5})
-    gathered = found(tmp_path)
+    gathered = gather_from(tmp_path)
     table = rho_table(gathered.rho, gathered.bootstrap)
     assert table.status.tolist() == ["undefined"] * 2
     assert table.left_out.tolist() == [3, 2]
@@ -241,7 +237,7 @@ def test_the_mean_of_all_layers_is_over_layers_that_all_estimators_have(tmp_path
     make_run(tmp_path / "w", estimator="w", dead=[], resamples=6)
     make_run(tmp_path / "a", estimator="a", dead=[1], layers={"features.0": 8, "features.2": 12}, resamples=6)
     rows = own(tmp_path)
-    lines = {line.names[4]: line for line in overview(found(tmp_path))}
+    lines = {line.names[4]: line for line in overview(gather_from(tmp_path))}
     for estimator in ("w", "a"):
         mine = rows[(rows.estimator == estimator) & (rows.layer != "classifier") & (rows.neuron != 1)]
         assert lines[estimator].mean == pytest.approx(mine.rho.mean())
@@ -256,7 +252,7 @@ def test_the_mean_of_all_layers_is_over_layers_that_all_estimators_have(tmp_path
 
 def test_a_sweeps_table_in_the_terminal(tmp_path):
     make(tmp_path)
-    gathered = found(tmp_path)
+    gathered = gather_from(tmp_path)
     table = rho_table(gathered.rho, gathered.bootstrap, gathered.missing_cells)
     terminal = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.show(table, areas(gathered.degradation), [], terminal)
@@ -273,7 +269,7 @@ def test_a_sweeps_table_in_the_terminal(tmp_path):
 
 
 def compared(a, b):
-    return change_table(changes(found(a), found(b)))
+    return change_table(changes(gather_from(a), gather_from(b)))
 
 
 def test_a_and_b_are_compared_over_the_neurons_that_are_live_in_both(tmp_path):
@@ -353,7 +349,7 @@ def test_a_runs_own_files_keep_its_own_neurons(run_job):
     """Whatever lies beside it: the summary of a run is over all of its own live neurons."""
     few = ["data.limit=120", "model.training.epochs=1", "layer=classifier.*"]
     folders = [run_job(*few, f"estimator={name}") for name in ("w", "a_plus_minus")]
-    gathered = found(*folders)
+    gathered = gather_from(*folders)
     table = rho_table(gathered.rho, gathered.bootstrap).set_index(["estimator", "layer"])
     out = 0
     for folder, estimator in zip(folders, ("w", "a_plus_minus"), strict=True):

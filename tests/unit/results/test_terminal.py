@@ -3,16 +3,11 @@
 import io
 import json
 import re
-import sys
 
-import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
-from pattern_bench.engine.progress import StageProgress
-from pattern_bench.reporting import tables
-from pattern_bench.reporting.console import show as show_report
 from pattern_bench.results import terminal
 
 SMALL = ["data.limit=300", "model.training.epochs=2", "degradation.images=6", "explanation.images=2"]
@@ -88,56 +83,6 @@ def test_stages_say_how_many_images_they_took_a_second(done):
     # Once by the method's order, and by the random one unless another job has left that in the cache.
     assert any(rates["degrade"] == pytest.approx(n / seconds["degrade"], rel=0.05, abs=0.2) for n in (6, 12))
     assert "rho" not in rates  # counts layers
-
-
-def test_what_the_cache_had_counts_for_no_speed(configure, tmp_path):
-    from pattern_bench.pipeline.job import run
-
-    cache = f"cache.dir={tmp_path / 'cache'}"
-    rates = []
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        run(configure(*SMALL, cache, "layer=features.0"), tmp_path / name)
-        rates.append(json.loads((tmp_path / name / "summary.json").read_text())["images_per_second"])
-    assert {"fit_patterns", "accuracy"} <= rates[0].keys()
-    assert "fit_patterns" not in rates[1]
-    assert "accuracy" in rates[1]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a process's peak")
-def test_a_stages_peak_is_its_own():
-    stages = StageProgress(quiet=True)
-    with stages.run("large", ""):
-        np.ones(300 << 17)  # 300 MiB
-    with stages.run("small", ""):
-        pass
-    assert stages.peak_memory_mib["large"] > stages.peak_memory_mib["small"] + 250
-
-
-def test_a_sweeps_table_has_every_cell_and_says_which_are_missing():
-    rows = []
-    for estimator, values in {"a": [0.9, 0.8, 0.1], "x": [None, None, None]}.items():
-        for index, layer in enumerate(["conv1", "conv2"]):
-            if (layer, estimator) != ("conv2", "a"):
-                rows += [
-                    {"model": "m", "data": "d", "criterion": "all", "probe": "sgd", "layer": layer,
-                     "layer_index": index, "estimator": estimator, "rho": value} for value in values
-                ]  # fmt: skip
-    missing = [("m", "d", "all", "sgd", "conv2", "a"), ("m", "d", "all", "sgd", "conv1", "w")]
-    curves = pd.DataFrame(
-        {"model": "m", "data": "d", "estimator": "a", "method": "pattern_net", "step": [0, 1, 2],
-         "probability_mean": [1.0, 0.5, 0.3]}
-    )  # fmt: skip
-    console = Console(file=io.StringIO(), width=100)
-    rho = pd.DataFrame(rows).astype({"rho": float}).assign(dead=False)
-    table = tables.rho_table(rho, pd.DataFrame(), missing)
-    show_report(table, tables.areas(curves), [("m", "d", "w", "pattern_net")], console)
-    lines = [line.split() for line in console.file.getvalue().splitlines() if line.strip()]
-    assert ["layer", "S_x", "S_w", "S_a"] in lines
-    assert ["conv1", "–", "missing", "0.800"] in lines
-    assert ["conv2", "–", "missing"] in lines
-    assert ["m", "d", "PatternNet,", "S_a", "0.400"] in lines
-    assert ["m", "d", "PatternNet,", "S_w", "missing"] in lines
 
 
 @pytest.mark.slow

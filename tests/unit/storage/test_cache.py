@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import time
-import tracemalloc
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from pattern_bench.core.collector import Collector
 from pattern_bench.core.moments import Moments
 from pattern_bench.storage import cache as cache_module
 from pattern_bench.storage.cache import Cache
-from pattern_bench.storage.tensor_files import Damaged, checksum, read_tensors, write_tensors
+from pattern_bench.storage.tensor_files import Damaged, read_tensors
 
 TENSORS = {
     "matrix": torch.arange(12, dtype=torch.float64).reshape(3, 4),
@@ -58,35 +57,6 @@ def test_an_entry_comes_back_as_it_went(cache):
     assert cache.load("kind", "other") is None
     with safe_open(entry(cache), "pt") as file:
         assert file.metadata()["checksum"].startswith("sha256:")
-
-
-def test_tensors_that_share_memory_are_each_written(tmp_path):
-    """As a₊ and a₋ of an estimator with one regime do, for a network in float64."""
-    one = torch.randn(4, 3)
-    write_tensors(tmp_path / "f", {"a": one, "b": one, "c": one[1:3]}, {})
-    equal(read_tensors(tmp_path / "f")[0], {"a": one, "b": one, "c": one[1:3]})
-
-
-def test_the_checksum_tells_names_types_shapes_bytes_and_metadata_apart():
-    x = torch.arange(6, dtype=torch.int32)
-    variants = [
-        ({"x": x}, {}), ({"y": x}, {}), ({"x": x.reshape(2, 3)}, {}), ({"x": x.reshape(3, 2)}, {}),
-        ({"x": x.view(torch.float32)}, {}), ({"x": x.flip(0)}, {}), ({"x": x, "y": x[:0]}, {}), ({"x": x}, {"a": "b"}),
-        ({"x": x[:3], "y": x[3:]}, {}), ({"x": x[:4], "y": x[4:]}, {}), ({"x": x}, {"a": "", "b": ""}),
-        ({"x": x}, {"a": '"], ["b'}),
-    ]  # fmt: skip
-    sums = [checksum(*variant) for variant in variants]
-    assert len(set(sums)) == len(sums)
-    assert checksum({"a": x, "b": x + 1}, {"c": "", "d": ""}) == checksum({"b": x + 1, "a": x}, {"d": "", "c": ""})
-
-
-def test_the_checksum_reads_tensors_where_they_lie():
-    tensor = torch.zeros(2**24)
-    tracemalloc.start()
-    checksum({"x": tensor}, {})
-    _, most = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert most < 2**20
 
 
 def test_a_flipped_bit_is_noticed_wherever_it_is(cache, caplog):
@@ -287,6 +257,7 @@ def test_a_read_only_disk_is_read(disk, caplog):
 
 
 # --- jobs side by side ---
+
 
 JOB = """
 import sys, torch

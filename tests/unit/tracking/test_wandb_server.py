@@ -2,14 +2,19 @@
 
 import copy
 import os
+import threading
+from urllib.parse import urlparse
 
 import pandas as pd
 import pytest
+import wandb
 from helpers.wandb_server import KEY, python, recorded, serving
 
 from pattern_bench.errors import UserError
+from pattern_bench.tracking import wandb_server
 from pattern_bench.tracking.wandb_server import download
 
+PASSWORD = "pass-word-of-the-proxy"
 PROJECT = recorded("wandb_project")
 
 
@@ -143,3 +148,81 @@ def check(error, message):
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert KEY not in str(error.value)
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """The addresses that were tried, all in vain; without W&B's settings, netrc or a proxy."""
+    tried = []
+
+    def connect(address, _seconds):
+        tried.append(address)
+        raise ConnectionRefusedError
+
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(wandb_server.socket, "create_connection", connect)
+    return tried
+
+
+def test_an_address_that_is_none_is_one_error_that_does_not_repeat_it(monkeypatch):
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_BASE_URL", f"user:{PASSWORD}@nowhere")
+    with pytest.raises(UserError, match="not possible: WANDB_BASE_URL") as caught:
+        wandb_server.reachable()
+    assert PASSWORD not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def reachable(monkeypatch):
+    """Whether W&B is, where its server has this address."""
+
+    def found(url):
+        monkeypatch.setattr(wandb_server, "_server", lambda: urlparse(url))
+        return wandb_server.reachable()
+
+    return found
+
+
+def test_without_a_key_no_connection_is_tried(asked, reachable, tmp_path, caplog):
+    (tmp_path / "netrc").write_text(f"machine example.org\n  login user\n  password {KEY}\n")
+    assert not reachable("https://api.wandb.ai")
+    assert not reachable("http://example.org:8080")  # W&B looks for the port too, and would ask
+    assert asked == []
+    assert caplog.messages == []
+
+
+def test_a_key_of_any_kind_lets_the_server_be_tried(asked, reachable, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text(f"machine one.org:8080\n  login user\n  password {KEY}\n")
+    assert not reachable("http://one.org:8080")
+    monkeypatch.setenv("WANDB_IDENTITY_TOKEN_FILE", "token")
+    assert not reachable("https://two.org")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert not reachable("http://three.org/path")
+    assert asked == [("one.org", 8080), ("two.org", 443), ("three.org", 80)]
+
+
+def test_behind_a_proxy_the_proxy_is_tried(asked, reachable, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("https_proxy", f"http://user:{PASSWORD}@proxy.org:3128")
+    monkeypatch.setenv("no_proxy", "inside.org")
+    assert not reachable("https://outside.org")
+    assert not reachable("https://inside.org")
+    assert asked == [("proxy.org", 3128), ("inside.org", 443)]
+    assert PASSWORD not in caplog.text
+
+
+def test_a_name_server_that_hangs_is_not_waited_for(asked, reachable, monkeypatch):
+    over = threading.Event()
+
+    def hang(*_):
+        over.wait()
+        raise OSError
+
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(wandb_server, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(wandb_server.socket, "create_connection", hang)
+    assert not reachable("https://api.wandb.ai")
+    over.set()
