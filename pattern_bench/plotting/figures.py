@@ -39,10 +39,9 @@ MOST_WIDTH = 21
 MOST_BANDS = 8
 """More bands than these hide the curves."""
 HEAT = "seismic"
-LABELS = {name: facts.math_label for name, facts in declared.estimators().items()}
-"""Of the suite's estimators; :func:`pattern_bench.results.labels.formula` serves others too."""
 RHO = r"$\rho(S)$"
-_FORMULAS = re.compile("(" + "|".join(re.escape(text) for text in [*LABELS.values(), RHO] if "$" in text) + ")")
+_LABELS = [facts.math_label for facts in declared.estimators().values()]
+_FORMULAS = re.compile("(" + "|".join(re.escape(text) for text in [*_LABELS, RHO] if "$" in text) + ")")
 MOST_LETTERS = 160
 """Of a line of text: more would make the figure wider than what it shows."""
 P = ParamSpec("P")
@@ -51,7 +50,7 @@ R = TypeVar("R")
 
 def as_written(draw: Callable[P, R]) -> Callable[P, R]:
     """Draw all text within ``draw`` as it is, whatever names are made of: Matplotlib would read a formula wherever
-    it finds two ``$``. Only the formulas of :data:`LABELS` and :data:`RHO` are drawn as such, by ``_save``."""
+    it finds two ``$``. Only estimators' labels and :data:`RHO` are drawn as such, by ``_save``."""
 
     @functools.wraps(draw)
     def drawn(*given: P.args, **named: P.kwargs) -> R:
