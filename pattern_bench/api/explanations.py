@@ -141,23 +141,23 @@ def explained(name: str, explanation: Any, model: nn.Module, images: Tensor, tar
         returned = attribute(given[0], target=given[1]) if attribute is not None else explanation(model, *given)
     wrong = f"methods: {name!r}: an explanation"
     try:
-        found = torch.as_tensor(returned).detach()
+        heat = torch.as_tensor(returned).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{wrong} is {told(returned)}: return one tensor or array, a value for each pixel") from error
-    if what := unusable(found):
+    if what := unusable(heat):
         raise UserError(f"{wrong} is a {what} tensor: return a dense one of real numbers, with values")
-    found = (wide(found) if found.is_floating_point() else found.double()).to(images.device)
-    if found.ndim == images.ndim - 1:  # one value per pixel
-        found = found[:, None]
+    heat = (wide(heat) if heat.is_floating_point() else heat.double()).to(images.device)
+    if heat.ndim == images.ndim - 1:  # one value per pixel
+        heat = heat[:, None]
     rows, channels, *size = images.shape
-    if found.ndim != images.ndim or tuple(found.shape) not in ((rows, 1, *size), (rows, channels, *size)):
+    if heat.ndim != images.ndim or tuple(heat.shape) not in ((rows, 1, *size), (rows, channels, *size)):
         raise UserError(
-            f"{wrong} has shape {tuple(found.shape)} and the images {tuple(images.shape)}: it must give one value per "
+            f"{wrong} has shape {tuple(heat.shape)} and the images {tuple(images.shape)}: it must give one value per "
             "pixel, or per pixel and channel"
         )
-    if not found.isfinite().all():
+    if not heat.isfinite().all():
         raise UserError(f"{wrong} holds NaN or Inf: mend it, or choose another method")
-    return found
+    return heat
 
 
 @contextmanager

@@ -108,16 +108,16 @@ def fit_patterns(
         raise UserError(f"estimator={estimator.name} has no patterns: {estimator.no_pattern_reason}")
     seed = seed_of(seed)
     check_moments_given("moments", moments)
-    network, found = canonical_form(model, moments.example), {}
+    network, patterns = canonical_form(model, moments.example), {}
     check_moments(model, network, {"moments": moments})
     for place, (name, sums) in enumerate(moments.items()):
         weight: Any = network.get_submodule(name).weight
         flat = weight.detach().flatten(1).double()
         pattern = estimator.fit(flat, sums, torch.Generator().manual_seed(seed + place))
         # In float64: what is left of x - a u, where u is large, is as small as a is exact.
-        found[name] = Pattern(pattern.positive.view_as(weight), pattern.negative.view_as(weight), pattern.dead)
+        patterns[name] = Pattern(pattern.positive.view_as(weight), pattern.negative.view_as(weight), pattern.dead)
     belongs_to = moments.belongs_to or weight_digests.belongs_to(model, moments.example, moments)
-    return Patterns(found, estimator.name, belongs_to)
+    return Patterns(patterns, estimator.name, belongs_to)
 
 
 def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
@@ -154,17 +154,17 @@ def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
         raise UserError(
             f"file={file} is damaged or cannot be read as safetensors ({error}): save the patterns again"
         ) from error
-    found: dict[str, Pattern] = {}
+    patterns: dict[str, Pattern] = {}
     for name in dict.fromkeys(key.rpartition("/")[0] for key in tensors):
-        found[name] = _pattern(file, name, tensors, metadata, model)
-    if not found:
+        patterns[name] = _pattern(file, name, tensors, metadata, model)
+    if not patterns:
         raise UserError(f"file={file} holds no patterns: S_x, for one, has none")
     belongs_to = weight_digests.from_metadata(metadata)
     if not belongs_to:
         log.warning("%s does not tell all weights that its patterns were fitted on, so others may go unnoticed", file)
     elif what := weight_digests.difference(belongs_to, weight_digests.digests(model)):
         raise _other(file, what)
-    return Patterns(found, metadata.get("estimator", "unknown"), belongs_to)
+    return Patterns(patterns, metadata.get("estimator", "unknown"), belongs_to)
 
 
 def _pattern(

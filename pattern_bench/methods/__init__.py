@@ -32,10 +32,10 @@ def curves() -> dict[str, tuple[str, str]]:
     """
     from pattern_bench.core import estimators
 
-    kinds, found = estimators.by_name(), {name: (name, "pattern_attribution") for name in estimators.by_name()}
+    kinds, listed = estimators.by_name(), {name: (name, "pattern_attribution") for name in estimators.by_name()}
     for name, method in by_name().items():
         if method.needs_patterns and name != "pattern_attribution":
-            found |= {f"{name}_{fitted}": (fitted, name) for fitted, kind in kinds.items() if kind.from_data}
+            listed |= {f"{name}_{fitted}": (fitted, name) for fitted, kind in kinds.items() if kind.from_data}
         elif not method.needs_patterns and method.passes != "hundreds" and not method.no_curve_reason:
-            found[name] = ("x", name)
-    return found
+            listed[name] = ("x", name)
+    return listed

@@ -179,10 +179,10 @@ class SmoothGrad(Method):
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
         target = self._resolved(x, target)
         tunnel = NoiseTunnel(Saliency(self._logits))
-        found = []
+        maps = []
         for image, output in zip(x.split(1), target.split(1), strict=True):
             with _seeded(self.seed, x.device):
-                found.append(
+                maps.append(
                     tunnel.attribute(
                         image,
                         nt_samples=self.samples,
@@ -192,7 +192,7 @@ class SmoothGrad(Method):
                         abs=False,
                     )
                 )
-        return torch.cat(found)
+        return torch.cat(maps)
 
 
 @contextlib.contextmanager

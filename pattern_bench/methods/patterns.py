@@ -93,14 +93,14 @@ class _Layerwise(Method):
                 start = torch.ldexp(mantissa, torch.tensor(-headroom))
                 return self._gradient(output, x, start), exponent + headroom
 
-        found, smaller = back(0)
-        outgrown = ~found.flatten(1).isfinite().all(1)
+        result, smaller = back(0)
+        outgrown = ~result.flatten(1).isfinite().all(1)
         if from_output and outgrown.any():
             lower, lower_by = back(HEADROOM)
-            found, smaller = torch.where(along(outgrown), lower, found), torch.where(outgrown, lower_by, smaller)
-        whole = torch.ldexp(found, along(smaller))
+            result, smaller = torch.where(along(outgrown), lower, result), torch.where(outgrown, lower_by, smaller)
+        whole = torch.ldexp(result, along(smaller))
         fits = whole.flatten(1).isfinite().all(1)
-        return torch.where(along(fits), whole, found)
+        return torch.where(along(fits), whole, result)
 
 
 class _PatternMethod(_Layerwise):
@@ -144,8 +144,8 @@ class _PatternMethod(_Layerwise):
         raise NotImplementedError
 
     def _attribute(self, x: Tensor, target: Tensor | None) -> Tensor:
-        found = self._back(x, target, from_output=True, last_layer=self.last_layer)
-        silent = found.flatten(1).abs().amax(1) == 0
+        result = self._back(x, target, from_output=True, last_layer=self.last_layer)
+        silent = result.flatten(1).abs().amax(1) == 0
         if self.last_layer == "positive" and silent.any():
             own = self._back(x.detach().clone(), target, from_output=True, last_layer="weight")
             if bool(own[silent].any()):
@@ -154,8 +154,8 @@ class _PatternMethod(_Layerwise):
                     "pattern: its own weight is propagated instead (last_layer=weight)",
                     stacklevel=2,
                 )
-                found = torch.where(silent.view(-1, *[1] * (x.ndim - 1)), own, found)
-        return found if found.isfinite().all() or x.dtype == torch.float64 else self._in_float64(x.detach(), target)
+                result = torch.where(silent.view(-1, *[1] * (x.ndim - 1)), own, result)
+        return result if result.isfinite().all() or x.dtype == torch.float64 else self._in_float64(x.detach(), target)
 
     def _in_float64(self, x: Tensor, target: Tensor | None) -> Tensor:
         """The explanation where the network's own precision does not hold what is propagated on the way; smaller by a
@@ -163,9 +163,9 @@ class _PatternMethod(_Layerwise):
         exact = copy.copy(self)
         exact.model = copy.deepcopy(self.model).double()
         exact.weights = {name: None if weight is None else weight.double() for name, weight in self.weights.items()}
-        found = exact._back(x.double(), target, from_output=True, last_layer=self.last_layer)
-        beyond = (found.flatten(1).abs().amax(1).log2() - math.log2(torch.finfo(x.dtype).max)).ceil().clamp(min=0)
-        return (found * torch.exp2(-beyond).view(-1, *[1] * (x.ndim - 1))).to(x)
+        result = exact._back(x.double(), target, from_output=True, last_layer=self.last_layer)
+        beyond = (result.flatten(1).abs().amax(1).log2() - math.log2(torch.finfo(x.dtype).max)).ceil().clamp(min=0)
+        return (result * torch.exp2(-beyond).view(-1, *[1] * (x.ndim - 1))).to(x)
 
 
 class PatternNet(_PatternMethod):

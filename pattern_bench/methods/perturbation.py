@@ -93,7 +93,7 @@ class Occlusion(_Windowed):
         channels = x.shape[1:2] if x.ndim > 2 else ()
         side = self._side(spatial)
         stride = self._checked_stride(self.stride or max(1, side // 2), side)
-        found = CaptumOcclusion(self._logits).attribute(
+        result = CaptumOcclusion(self._logits).attribute(
             x,
             sliding_window_shapes=(*channels, *[side] * len(spatial)),
             strides=(*channels, *[stride] * len(spatial)),
@@ -101,7 +101,7 @@ class Occlusion(_Windowed):
             target=self._resolved(x, target),
             perturbations_per_eval=max(1, self.batch_size // len(x)),
         )
-        return found.to(x)  # captum's windows are float32 whatever the images are
+        return result.to(x)  # captum's windows are float32 whatever the images are
 
 
 class PredictionDifference(_Windowed):
@@ -183,7 +183,7 @@ class PredictionDifference(_Windowed):
         places = [[*range(0, size - side, stride), size - side] for size in spatial]
         corners = list(itertools.product(*places))
         images = x.reshape(len(x), -1, *spatial)
-        found = []
+        evidence = []
         with torch.no_grad():
             logits = self._logits(x)
             if logits.shape[1] < 2:
@@ -206,8 +206,8 @@ class PredictionDifference(_Windowed):
             for i, image in enumerate(images):
                 if content is None or self.reference is None:
                     content = self._content(images, i, side)
-                found.append(self._evidence(image, shape[1:], classes[i], logits[i], corners, side, content))
-        return torch.stack(found).expand_as(images).reshape(shape).to(x)
+                evidence.append(self._evidence(image, shape[1:], classes[i], logits[i], corners, side, content))
+        return torch.stack(evidence).expand_as(images).reshape(shape).to(x)
 
     def _content(self, images: Tensor, i: int, side: int) -> _Marginal | _Conditional:
         """What else may stand in the windows of image ``i``."""

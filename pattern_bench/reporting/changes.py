@@ -115,24 +115,24 @@ def alignment(a: Gathered, b: Gathered) -> tuple[Alignment, Alignment]:
     return names
 
 
-def _side(found: Gathered, names: Alignment) -> Side:
+def _side(gathered: Gathered, names: Alignment) -> Side:
     def called(key: Any, columns: Sequence[str] = CELL) -> Cell:
         return tuple(names.get(column, {}).get(value, value) for column, value in zip(columns, key, strict=True))
 
-    values, ends = areas(found.degradation), area_intervals(found.curves)
+    values, ends = areas(gathered.degradation), area_intervals(gathered.curves)
     accuracies: dict[Cell, tuple[float, int]] = {}
-    for run in found.runs:
+    for run in gathered.runs:
         if "top1" in run.accuracy:
             key = called((str(run.accuracy.get("model")), str(run.accuracy.get("data"))), CURVE[:2])
             accuracies[key] = (float(run.accuracy["top1"]), int(run.accuracy["images"]))
-    aligned = {name: found.rho[name].cat.rename_categories(names[name]) for name in names}
+    aligned = {name: gathered.rho[name].cat.rename_categories(names[name]) for name in names}
     return Side(
-        found.rho.assign(**aligned),
-        {called(cell): rows for cell, rows in found.bootstrap.groupby(CELL, sort=False)},
-        {called(cell): run for cell, run in found.cells.items()},
+        gathered.rho.assign(**aligned),
+        {called(cell): rows for cell, rows in gathered.bootstrap.groupby(CELL, sort=False)},
+        {called(cell): run for cell, run in gathered.cells.items()},
         {
             called(curve, CURVE): (float(values[curve]), (ends[curve][0], ends[curve][1]) if curve in ends else UNKNOWN)
-            for curve in found.curves
+            for curve in gathered.curves
         },
         accuracies,
     )
@@ -147,12 +147,12 @@ def _rho(a: Side, b: Side) -> list[Change]:
         wholes.setdefault((*cell[:4], cell[5]), []).append(cell)
     rank = {name: place for place, name in enumerate(ordered(whole[4] for whole in wholes))}
     by_layer, over_layers = Neurons(a, b, LAYER), Neurons(a, b, PANEL)
-    found = []
+    rows = []
     for (*panel, estimator), cells in sorted(wholes.items(), key=lambda whole: (whole[0][:4], rank[whole[0][4]])):
         names = {**dict(zip(PANEL, panel, strict=True)), "estimator": estimator}
-        found.append(_rho_change({**names, "layer": ALL_LAYERS}, a, b, cells, over_layers))
-        found += [_rho_change({**names, "layer": cell[4]}, a, b, [cell], by_layer) for cell in cells]
-    return found
+        rows.append(_rho_change({**names, "layer": ALL_LAYERS}, a, b, cells, over_layers))
+        rows += [_rho_change({**names, "layer": cell[4]}, a, b, [cell], by_layer) for cell in cells]
+    return rows
 
 
 class Neurons:
@@ -195,8 +195,8 @@ class Neurons:
 
 def _below(values: dict[tuple[Any, ...], pd.Series], side: int, cells: Sequence[Cell]) -> pd.Series:
     """The ``values`` of a side's cells, below one another."""
-    found = [values[side, *cell] for cell in cells if (side, *cell) in values]
-    return pd.concat(found) if found else pd.Series(dtype=float, index=pd.MultiIndex.from_arrays([[], []]))
+    parts = [values[side, *cell] for cell in cells if (side, *cell) in values]
+    return pd.concat(parts) if parts else pd.Series(dtype=float, index=pd.MultiIndex.from_arrays([[], []]))
 
 
 def _same_network(a: Side, b: Side, model: str) -> bool:
@@ -298,24 +298,24 @@ def _same_draws(runs: Sequence[Run]) -> bool:
 
 def _areas(a: Side, b: Side) -> list[Change]:
     """Intervals of the two runs, put together as if they were independent: too wide where they share images."""
-    found = []
+    rows = []
     for curve in dict.fromkeys([*a.areas, *b.areas]):
         (mine, my_ends), (its, its_ends) = (side.areas.get(curve, (math.nan, UNKNOWN)) for side in (a, b))
         note = "missing in A" if curve not in a.areas else "missing in B" if curve not in b.areas else ""
         ends = difference_interval(mine, my_ends, its, its_ends)
         names = dict(zip(CURVE, curve, strict=True))
-        found.append(Change("area over the curve", names, mine, its, *ends, "images, independent", note))
-    return found
+        rows.append(Change("area over the curve", names, mine, its, *ends, "images, independent", note))
+    return rows
 
 
 def _accuracies(a: Side, b: Side) -> list[Change]:
-    found = []
+    rows = []
     for key in [key for key in a.accuracies if key in b.accuracies]:
         (mine, n), (its, m) = a.accuracies[key], b.accuracies[key]
         ends = difference_interval(mine, wilson(mine, n), its, wilson(its, m))
         names = {"model": key[0], "data": key[1]}
-        found.append(Change("accuracy", names, mine, its, *ends, "images, independent"))
-    return found
+        rows.append(Change("accuracy", names, mine, its, *ends, "images, independent"))
+    return rows
 
 
 def difference_interval(a: float, a_ends: Ends, b: float, b_ends: Ends) -> Ends:
@@ -351,7 +351,7 @@ def changed_settings(a: Sequence[Run], b: Sequence[Run]) -> list[tuple[str, str,
     return [(key, mine, its) for key, mine, its in pairs if mine != its]
 
 
-def change_table(found: Sequence[Change]) -> pd.DataFrame:
+def change_table(every: Sequence[Change]) -> pd.DataFrame:
     """Return a table with a row per change."""
     rows = [
         {
@@ -359,7 +359,7 @@ def change_table(found: Sequence[Change]) -> pd.DataFrame:
             "difference": change.b - change.a, "low": change.low, "high": change.high, "interval": change.interval,
             "verdict": change.verdict, "left_out": change.left_out,
         }
-        for change in found
+        for change in every
     ]  # fmt: skip
     columns = ["quantity", *NAMES, "a", "b", "difference", "low", "high", "interval", "verdict", "left_out"]
     return pd.DataFrame(rows, columns=columns).astype({"left_out": "Int64"})

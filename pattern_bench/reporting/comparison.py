@@ -49,16 +49,16 @@ INTERVALS = (
 
 def compare(a: Gathered, b: Gathered, output: Path) -> tuple[list[Change], list[tuple[str, str, str]]]:
     """Return every change and every setting that changed; write ``compare.csv`` and ``compare.md`` into ``output``."""
-    found, settings = changes(a, b), changed_settings(a.runs, b.runs)
-    write_csv(output / "compare.csv", change_table(found))
-    text = "\n".join(markdown(found, settings))
+    every, settings = changes(a, b), changed_settings(a.runs, b.runs)
+    write_csv(output / "compare.csv", change_table(every))
+    text = "\n".join(markdown(every, settings))
     write_file(output / "compare.md", lambda file: file.write_text(text + "\n"))
-    return found, settings
+    return every, settings
 
 
-def markdown(found: Sequence[Change], settings: Sequence[tuple[str, str, str]]) -> list[str]:
+def markdown(every: Sequence[Change], settings: Sequence[tuple[str, str, str]]) -> list[str]:
     """Return the lines of ``compare.md``."""
-    rows = pd.DataFrame([line(change) for change in found], columns=COLUMNS)
+    rows = pd.DataFrame([line(change) for change in every], columns=COLUMNS)
     lines = ["# What changed from A to B", "", HOW, "", NEURONS, "", INTERVALS, ""]
     lines += [in_cells(rows, in_markdown).to_markdown(index=False, disable_numparse=True), "", "## Settings", ""]
     if settings:
@@ -69,12 +69,12 @@ def markdown(found: Sequence[Change], settings: Sequence[tuple[str, str, str]]) 
     return lines
 
 
-def said(found: Sequence[Change], settings: Sequence[tuple[str, str, str]]) -> list[str]:
+def said(every: Sequence[Change], settings: Sequence[tuple[str, str, str]]) -> list[str]:
     """Return lines for the terminal: settings, changes but for single layers, and how many of those are clear."""
     lines = [f"{key}: {mine} → {its}" for key, mine, its in settings] or ["no setting differs"]
-    rows = pd.DataFrame([line(change) for change in found if is_whole(change)], columns=COLUMNS)
+    rows = pd.DataFrame([line(change) for change in every if is_whole(change)], columns=COLUMNS)
     lines += ["", rows.to_markdown(index=False, disable_numparse=True, tablefmt="simple"), ""]
-    verdicts = [change.verdict for change in found if not is_whole(change)]
+    verdicts = [change.verdict for change in every if not is_whole(change)]
     counted = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
     return [*lines, f"single layers: {counted}"] if verdicts else lines
 
@@ -115,14 +115,14 @@ def _interval(change: Change) -> str:
 
 
 def comparison_sections(
-    a: Gathered, b: Gathered, found: Sequence[Change], settings: Sequence[tuple[str, str, str]], command: str
+    a: Gathered, b: Gathered, every: Sequence[Change], settings: Sequence[tuple[str, str, str]], command: str
 ) -> list[Section]:
     """Return the sections of the page: changes as a whole, by layer, in settings; pictures of both; what is missing in
     either."""
-    layers = [change for change in found if not is_whole(change)]
+    layers = [change for change in every if not is_whole(change)]
     shown = [
         Section("comparison", "What changed", (HOW, NEURONS, INTERVALS),
-                (_table("Changes", [c for c in found if is_whole(c)]),)),
+                (_table("Changes", [c for c in every if is_whole(c)]),)),
         Section("layers", "ρ by layer", figures=tuple(_figures(layers)), folded=(_table("Changes by layer", layers),)),
         _settings(settings),
     ]  # fmt: skip
@@ -136,11 +136,11 @@ def comparison_sections(
     return shown
 
 
-def _table(caption: str, found: Sequence[Change]) -> Table:
+def _table(caption: str, every: Sequence[Change]) -> Table:
     columns = ["quantity", "of", "A", "B", "B − A", "95 % interval", "interval over", "verdict", "left out"]
     kinds = {BETTER: "better", WORSE: "worse"}
     rows = []
-    for change in found:
+    for change in every:
         missing = "missing" if change.verdict.startswith("missing") else ""
         rows.append(
             [words(change.quantity.replace("rho", "ρ")), words(of(change)), numeral(change.a, 4), numeral(change.b, 4),
@@ -166,20 +166,20 @@ def _figures(layers: Sequence[Change]) -> list[Figure]:
             key = tuple(change.names[name] for name in ("model", "data", "criterion", "probe"))
             panels.setdefault(key, []).append(change)
     figures = []
-    for place, ((model, data, criterion, probe), found) in enumerate(panels.items()):
+    for place, ((model, data, criterion, probe), own) in enumerate(panels.items()):
         heading = f"{model} on {data}, criterion {criterion}" + ("" if probe == "closed_form" else f", probe {probe}")
-        names = list(dict.fromkeys(change.names["layer"] for change in found))
-        estimators = ordered(change.names["estimator"] for change in found)
+        names = list(dict.fromkeys(change.names["layer"] for change in own))
+        estimators = ordered(change.names["estimator"] for change in own)
         colours = estimator_colours(estimators)
         series = {
-            one: [_value(change, names) for change in found if change.names["estimator"] == one] for one in estimators
+            one: [_value(change, names) for change in own if change.names["estimator"] == one] for one in estimators
         }
         plot = dots(
             f"change-{place}", f"Change of mean ρ by layer and estimator, {heading}", "layer", "mean ρ, B − A", names,
             series, {one: Style(colours[one]) for one in estimators}, (-0.02, 0.02),
         )  # fmt: skip
         note = "Above 0, B is better. Bars are 95 % intervals."
-        figures.append(Figure(heading, plot, _table(f"Change of ρ, {heading}", found), note))
+        figures.append(Figure(heading, plot, _table(f"Change of ρ, {heading}", own), note))
     return figures
 
 

@@ -43,9 +43,9 @@ def show(rho: pd.DataFrame, areas: pd.Series, missing: Sequence[Cell], console: 
         console.print(table)
         if out := ", ".join(left_out(panel)):
             console.print(f"over the neurons live under all estimators; left out: {out}", highlight=False)
-    found = pd.concat([areas, pd.Series(float("nan"), pd.MultiIndex.from_tuples(missing, names=CURVE))])
-    if len(found):
-        _show_areas(found, console)
+    every = pd.concat([areas, pd.Series(float("nan"), pd.MultiIndex.from_tuples(missing, names=CURVE))])
+    if len(every):
+        _show_areas(every, console)
 
 
 def left_out(table: pd.DataFrame) -> Iterator[str]:

@@ -24,7 +24,7 @@ from wandb_workspaces.workspaces.internal import View
 from pattern_bench.errors import UserError
 from pattern_bench.plotting.styles import estimator_colours
 from pattern_bench.reporting.gathering import CELL, latest
-from pattern_bench.reporting.runs import Found, Run, read_runs
+from pattern_bench.reporting.runs import Run, RunFolders, read_runs
 from pattern_bench.reporting.tables import COMPLETE, rho_table
 from pattern_bench.results.labels import RANDOM_ORDER, ordered, plain
 
@@ -81,18 +81,18 @@ def measured(folders: Sequence[str]) -> dict[Setting, Measured]:
     Raises:
         UserError: where there is no complete run, or one is damaged.
     """
-    there = Found()
+    below = RunFolders()
     for name in folders:
-        there.look(Path(name).expanduser(), name)
-    runs = read_runs(there)
+        below.look(Path(name).expanduser(), name)
+    runs = read_runs(below)
     if not runs:
         raise UserError(f"DIR={' '.join(folders)} holds no complete run (none has a summary.json): run the job first")
-    found: dict[Setting, Measured] = {}
+    by_setting: dict[Setting, Measured] = {}
     runs_of: dict[Setting, list[Run]] = {}
     for run in runs:
         try:
             setting = Setting(*(str(run.summary[name]) for name in ("model", "data", "criterion", "probe")))
-            here = found.setdefault(setting, Measured())
+            here = by_setting.setdefault(setting, Measured())
             runs_of.setdefault(setting, []).append(run)
             here.estimators.add(str(run.summary["estimator"]))
         except KeyError as error:
@@ -101,9 +101,9 @@ def measured(folders: Sequence[str]) -> dict[Setting, Measured]:
         here.layers |= dict(zip(places.layer, places.layer_index, strict=True))
         curves = run.degradation.drop_duplicates("method")[["method", "estimator"]].itertuples(index=False)
         here.curves |= {method: who != "none" for method, who in curves if not method.startswith(RANDOM_ORDER)}
-    for setting, here in found.items():
+    for setting, here in by_setting.items():
         here.same_neurons = same_neurons(runs_of[setting])
-    return dict(sorted(found.items()))
+    return dict(sorted(by_setting.items()))
 
 
 def same_neurons(runs: Sequence[Run]) -> str:
@@ -217,11 +217,11 @@ class Part:
         return expr.And(*(expr.Config(f"names.value.{key}").isin([value]) for key, value in self.names.items()))
 
 
-def parts(found: Mapping[Setting, Measured]) -> list[Part]:
+def parts(by_setting: Mapping[Setting, Measured]) -> list[Part]:
     """Return the parts of each model and data set: the figures of each setting, the criteria where there are several,
     and the rest."""
     made = []
-    for (model, data), settings in _by_model(found).items():
+    for (model, data), settings in _by_model(by_setting).items():
         title, names = f"{model} on {data}", {"model": model, "data": data}
         for setting, here in settings.items():
             sections = {"Fig. 3": fig3(here), "Fig. 4a": fig4a(here)}
@@ -239,9 +239,9 @@ def parts(found: Mapping[Setting, Measured]) -> list[Part]:
     return made
 
 
-def _by_model(found: Mapping[Setting, Measured]) -> dict[tuple[str, str], dict[Setting, Measured]]:
+def _by_model(by_setting: Mapping[Setting, Measured]) -> dict[tuple[str, str], dict[Setting, Measured]]:
     grouped: dict[tuple[str, str], dict[Setting, Measured]] = {}
-    for setting, here in found.items():
+    for setting, here in by_setting.items():
         grouped.setdefault((setting.model, setting.data), {})[setting] = here
     return grouped
 
@@ -290,11 +290,11 @@ def build(entity: str, project: str, folders: Sequence[str]) -> tuple[list[ws.Wo
     Raises:
         UserError: where there are no runs, or W&B's library refuses what they are called.
     """
-    found = measured(folders)
-    estimators = set().union(*(here.estimators for here in found.values()))
+    by_setting = measured(folders)
+    estimators = set().union(*(here.estimators for here in by_setting.values()))
     try:
-        views = [workspace(entity, project, part, estimators) for part in parts(found)]
-        return views, report(entity, project, parts(found))
+        views = [workspace(entity, project, part, estimators) for part in parts(by_setting)]
+        return views, report(entity, project, parts(by_setting))
     except ValueError as error:
         if isinstance(error, UserError):
             raise

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from pattern_bench.errors import UserError
-from pattern_bench.reporting.runs import JOB, Found, Pictures, Run, differing, read_pictures, read_runs
+from pattern_bench.reporting.runs import JOB, Pictures, Run, RunFolders, differing, read_pictures, read_runs
 from pattern_bench.reporting.sweeps import (
     Names,
     Sweep,
@@ -96,20 +96,20 @@ def gather(folders: Sequence[tuple[Path, str]]) -> Gathered:
     Raises:
         UserError: where a folder is missing or holds nothing of ours, none holds a complete run, or files are damaged.
     """
-    found = Found()
+    below = RunFolders()
     for folder, name in folders:
-        found.look(folder, name)
-    if not found.complete[JOB]:
+        below.look(folder, name)
+    if not below.complete[JOB]:
         names = " ".join(name for _, name in folders)
         raise UserError(f"DIR={names} holds no complete run (none has a summary.json): run the job first")
-    runs = read_runs(found)
+    runs = read_runs(below)
     rho, cells, conflicts, sources = latest(runs, "rho", CELL)
     degradation, curves, more, _ = latest(runs, "degradation", CURVE)
-    sweeps = {name: sweep for folder, name in found.sweeps.items() if (sweep := read_sweep(folder)) is not None}
-    missing = _missing_jobs(found, sweeps)
+    sweeps = {name: sweep for folder, name in below.sweeps.items() if (sweep := read_sweep(folder)) is not None}
+    missing = _missing_jobs(below, sweeps)
     expected = [known for job in missing if job.kind == JOB and (known := expected_names(job.overrides)) is not None]
     return Gathered(
-        runs, read_pictures(found), sweeps, rho, degradation, _bootstrap(sources), cells, curves, conflicts + more,
+        runs, read_pictures(below), sweeps, rho, degradation, _bootstrap(sources), cells, curves, conflicts + more,
         missing, _missing_cells(list(cells), expected), _missing_curves(curves, expected),
     )  # fmt: skip
 
@@ -166,19 +166,19 @@ def _same(one: pd.DataFrame, other: pd.DataFrame) -> bool:
 def _bootstrap(sources: dict[Cell, list[Run]]) -> pd.DataFrame:
     """Resamples of each cell, of the latest of those runs that have its numbers and drew any."""
     drawn: dict[int, dict[Any, pd.DataFrame]] = {}
-    found = []
+    parts = []
     for cell, runs in sources.items():
         for run in runs:
             if id(run) not in drawn:
                 drawn[id(run)] = dict(iter(run.bootstrap.groupby(CELL, sort=False)))
             if cell in drawn[id(run)]:
-                found.append(drawn[id(run)][cell])
+                parts.append(drawn[id(run)][cell])
                 break
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=list(BOOTSTRAP_COLUMNS))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(BOOTSTRAP_COLUMNS))
 
 
-def _missing_jobs(found: Found, sweeps: dict[str, Sweep]) -> list[MissingJob]:
-    complete = {kind: [(folder, read_overrides(folder)) for folder in found.complete[kind]] for kind in found.complete}
+def _missing_jobs(below: RunFolders, sweeps: dict[str, Sweep]) -> list[MissingJob]:
+    complete = {kind: [(folder, read_overrides(folder)) for folder in below.complete[kind]] for kind in below.complete}
     missing = []
     for name, sweep in sweeps.items():
         done = {overrides for folder, overrides in complete[sweep.kind] if folder.is_relative_to(sweep.folder)}
@@ -186,7 +186,7 @@ def _missing_jobs(found: Found, sweeps: dict[str, Sweep]) -> list[MissingJob]:
         for job in sweep.jobs or ():
             if job not in done:
                 missing.append(MissingJob(sweep.kind, name, job, command))
-    for folder, name in found.begun.items():
+    for folder, name in below.begun.items():
         overrides, kind = read_overrides(folder) or (), kind_of_run(folder)
         inside = [sweep for sweep in sweeps.values() if folder.is_relative_to(sweep.folder)]
         if kind is not None and not any(overrides in (sweep.jobs or ()) for sweep in inside):
@@ -213,8 +213,8 @@ def _missing_cells(known: list[Cell], expected: list[Names]) -> list[Cell]:
         chosen = [name for name in of_model if any(one == "all" or fnmatchcase(name, one) for one in names.layer)]
         for probe, layer in product(names.probes, chosen or [", ".join(names.layer)]):
             wanted.append((names.model, names.data, names.criterion, probe, layer, names.estimator))
-    there = set(known)
-    return [cell for cell in dict.fromkeys(wanted) if cell not in there]
+    present = set(known)
+    return [cell for cell in dict.fromkeys(wanted) if cell not in present]
 
 
 def _missing_curves(known: dict[Cell, Run], expected: list[Names]) -> list[Cell]:

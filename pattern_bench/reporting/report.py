@@ -62,31 +62,31 @@ def report(names: Sequence[str], output: Path) -> list[str]:
         OSError: where a file cannot be written.
     """
     with folders_of(names) as folders:
-        found = gather(folders)
+        gathered = gather(folders)
         _make(output)
-        rho = tables.rho_table(found.rho, found.bootstrap, found.missing_cells)
+        rho = tables.rho_table(gathered.rho, gathered.bootstrap, gathered.missing_cells)
         tables.write_table(rho, output / "fig3")
         drawn = ["index.html", "fig3.csv", "fig3.md", "fig3.tex"]
-        if draw_rho(found.rho, output / "fig3.png", found.bootstrap, found.missing_cells):
+        if draw_rho(gathered.rho, output / "fig3.png", gathered.bootstrap, gathered.missing_cells):
             drawn.append("fig3.png")
-        lines = [counted(len(found.runs), "run")]
-        if len(found.degradation):
-            missing = found.missing_curves
-            curves = tables.degradation_table(found.degradation, tables.area_intervals(found.curves), missing)
+        lines = [counted(len(gathered.runs), "run")]
+        if len(gathered.degradation):
+            missing = gathered.missing_curves
+            curves = tables.degradation_table(gathered.degradation, tables.area_intervals(gathered.curves), missing)
             tables.write_table(curves, output / "fig4a", tables.shown_degradation(curves, missing))
-            draw_degradation(found.degradation, output / "fig4a.png", missing)
+            draw_degradation(gathered.degradation, output / "fig4a.png", missing)
             drawn += ["fig4a.csv", "fig4a.md", "fig4a.tex", "fig4a.png"]
         else:
             lines.append("no run has a degradation curve, so there is no Fig. 4a")
-        write_csv(output / "missing.csv", tables.missing_table(found))
-        write_csv(output / "conflicts.csv", tables.conflict_table(found.conflicts))
-        lines += [*left_out_lines(rho), *conflict_lines(found.conflicts), *missing_lines(found)]
+        write_csv(output / "missing.csv", tables.missing_table(gathered))
+        write_csv(output / "conflicts.csv", tables.conflict_table(gathered.conflicts))
+        lines += [*left_out_lines(rho), *conflict_lines(gathered.conflicts), *missing_lines(gathered)]
         command = shlex.join(["python", "-m", "pattern_bench.report", *names, "--output", str(output)])
-        models = ", ".join(sorted({cell[0] for cell in found.cells}))
-        lead = f"{counted(len(found.runs), 'run')} of {models}. Which explanation of the network should you believe?"
+        models = ", ".join(sorted({cell[0] for cell in gathered.cells}))
+        lead = f"{counted(len(gathered.runs), 'run')} of {models}. Which explanation of the network should you believe?"
         write_page(
             output / "index.html", "Signal estimators and explanations",
-            {"lead": lead, "sections": report_sections(found, rho, command), "version": version("pattern_bench")},
+            {"lead": lead, "sections": report_sections(gathered, rho, command), "version": version("pattern_bench")},
         )  # fmt: skip
     return [*lines, f"{output}: {' '.join([*drawn, 'missing.csv', 'conflicts.csv'])}"]
 
@@ -139,9 +139,9 @@ def conflict_lines(conflicts: Sequence[Conflict]) -> list[str]:
     return lines + ([f"  and {len(pairs) - MOST_LINES} more pairs of runs"] if len(pairs) > MOST_LINES else [])
 
 
-def missing_lines(found: Gathered) -> list[str]:
+def missing_lines(gathered: Gathered) -> list[str]:
     """Say which jobs are missing, a line each, at most MOST_LINES of them; and the commands that run them."""
-    jobs = found.missing_jobs
+    jobs = gathered.missing_jobs
     lines = []
     if jobs:
         lines.append(f"missing: {counted(len(jobs), 'job')}")
@@ -149,8 +149,8 @@ def missing_lines(found: Gathered) -> list[str]:
         lines += [f"  and {len(jobs) - MOST_LINES} more"] if len(jobs) > MOST_LINES else []
         commands = dict.fromkeys(job.command for job in jobs)
         lines += ["what runs them:", *(f"  {command}" for command in list(commands)[:MOST_LINES])]
-    if found.missing_cells or found.missing_curves:
-        cells, curves = counted(len(found.missing_cells), "cell"), counted(len(found.missing_curves), "curve")
+    if gathered.missing_cells or gathered.missing_curves:
+        cells, curves = counted(len(gathered.missing_cells), "cell"), counted(len(gathered.missing_curves), "curve")
         lines.append(f"missing: {cells} of Fig. 3 and {curves} of Fig. 4a")
     return lines
 
@@ -169,12 +169,12 @@ def comparison(names: Sequence[str], output: Path) -> list[str]:
     with folders_of(names) as folders:
         a, b = (gather([folder]) for folder in folders)
         _make(output)
-        found, settings = compare(a, b, output)
+        every, settings = compare(a, b, output)
         command = shlex.join(["python", "-m", "pattern_bench.report", "--compare", *names, "--output", str(output)])
         write_page(
             output / "index.html", "What changed",
             {"lead": f"From {counted(len(a.runs), 'run')} in {names[0]} (A) to {len(b.runs)} in {names[1]} (B).",
-             "sections": comparison_sections(a, b, found, settings, command), "version": version("pattern_bench")},
+             "sections": comparison_sections(a, b, every, settings, command), "version": version("pattern_bench")},
         )  # fmt: skip
     missing = [line for side in (a, b) for line in missing_lines(side)]
-    return [*said(found, settings), *missing, f"{output}: index.html compare.md compare.csv"]
+    return [*said(every, settings), *missing, f"{output}: index.html compare.md compare.csv"]

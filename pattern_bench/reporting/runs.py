@@ -72,7 +72,7 @@ class Pictures:
 
 
 @dataclass
-class Found:
+class RunFolders:
     """Folders, with the names that they are called by: complete runs by kind, sweeps, and runs that were begun and
     are not complete."""
 
@@ -115,7 +115,7 @@ def _unreadable(error: OSError) -> NoReturn:
     raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend its permissions, or leave it out")
 
 
-def read_runs(found: Found) -> list[Run]:
+def read_runs(below: RunFolders) -> list[Run]:
     """Read the complete runs of the job, oldest first. A run that is found twice, in its folder and in that of W&B,
     say, is taken once: by the id in its summary, or where it has none, by what its files hold.
 
@@ -124,9 +124,9 @@ def read_runs(found: Found) -> list[Run]:
     """
     once: dict[str, Run] = {}
     # Hydra's own folders last, since they tell most: among equals the last one is kept.
-    folders = sorted(found.complete[JOB], key=lambda folder: (folder / ".hydra").is_dir())
+    folders = sorted(below.complete[JOB], key=lambda folder: (folder / ".hydra").is_dir())
     for folder in folders:
-        run = read_run(folder, found.complete[JOB][folder])
+        run = read_run(folder, below.complete[JOB][folder])
         key = run.summary.get("run_id") or _content(folder)
         if key not in once or run.ended >= once[key].ended:
             once[key] = run
@@ -268,10 +268,10 @@ def read_settings(file: Path) -> dict[str, str]:
     content = read_yaml(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} is no configuration")
-    found = dict(islice(_flat(content, ""), MOST_SETTINGS + 1))
-    if len(found) > MOST_SETTINGS:
+    flat = dict(islice(_flat(content, ""), MOST_SETTINGS + 1))
+    if len(flat) > MOST_SETTINGS:
         raise ValueError(f"{file.name} has more than {MOST_SETTINGS} settings")
-    return {key: value for key, value in found.items() if key.split(".")[0] not in ELSEWHERE}
+    return {key: value for key, value in flat.items() if key.split(".")[0] not in ELSEWHERE}
 
 
 def _flat(node: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -319,7 +319,7 @@ def _table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
     return table[list(columns)]
 
 
-def read_pictures(found: Found) -> list[Pictures]:
+def read_pictures(below: RunFolders) -> list[Pictures]:
     """Read the galleries and sanity checks.
 
     Raises:
@@ -327,7 +327,7 @@ def read_pictures(found: Found) -> list[Pictures]:
     """
     pictures = []
     for kind in ("gallery", "sanity"):
-        for folder, name in found.complete[kind].items():
+        for folder, name in below.complete[kind].items():
             try:
                 summary = read_json(folder / COMMANDS[kind])
                 _check_fields(folder / COMMANDS[kind], summary, PICTURES[kind])

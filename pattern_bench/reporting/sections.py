@@ -37,9 +37,9 @@ NO_RHO = "no value: without a residual (S_x), or without a neuron that is live u
 # --- the overview ---
 
 
-def overview_table(found: Gathered) -> Table:
+def overview_table(gathered: Gathered) -> Table:
     """Return the first table of the page: a row per model, data, criterion and estimator, with mean ρ and areas."""
-    lines = overview(found)
+    lines = overview(gathered)
     methods = sorted({method for line in lines for method in line.areas}, key=lambda m: (m.startswith("random"), m))
     columns = ["model", "data", "criterion", "estimator", "mean ρ", *(f"area, {plain(m)}" for m in methods),
                "accuracy"]  # fmt: skip
@@ -157,13 +157,13 @@ def _rho_values(rows: pd.DataFrame, panel: Sequence[Any]) -> Table:
     return Table(f"ρ, {_panel(panel)}", columns, shown, frozenset(range(2, len(columns))))
 
 
-def degradation_figures(found: Gathered) -> list[Figure]:
+def degradation_figures(gathered: Gathered) -> list[Figure]:
     """Return Fig. 4a, a figure per model and data."""
     figures = []
-    panels = dict.fromkeys(curve[:2] for curve in [*found.curves, *found.missing_curves])
+    panels = dict.fromkeys(curve[:2] for curve in [*gathered.curves, *gathered.missing_curves])
     for place, (model, data) in enumerate(panels):
-        table = found.degradation[(found.degradation.model == model) & (found.degradation.data == data)]
-        lacking = [(name, method) for *panel, name, method in found.missing_curves if panel == [model, data]]
+        table = gathered.degradation[(gathered.degradation.model == model) & (gathered.degradation.data == data)]
+        lacking = [(name, method) for *panel, name, method in gathered.missing_curves if panel == [model, data]]
         known: dict[Any, pd.DataFrame] = {
             key: rows.sort_values("step") for key, rows in table.groupby(["estimator", "method"], sort=False)
         }
@@ -207,7 +207,7 @@ def distributions(rho: pd.DataFrame, table: pd.DataFrame) -> list[Distributions]
     that of Fig. 3."""
     compared = of_same_neurons(rho).dropna(subset=["rho"])
     live = {panel: rows for panel, rows in compared.groupby(PANEL, sort=False)}
-    found = []
+    listed = []
     for panel, lines in table.groupby(PANEL, sort=False):
         if panel not in live:
             continue
@@ -226,19 +226,19 @@ def distributions(rho: pd.DataFrame, table: pd.DataFrame) -> list[Distributions]
             nothing = MISSING if line["status"] == MISSING else "–"
             cells[key] = Histogram(path_of[key], text) if key in path_of else nothing
         shown = [(layer, [cells.get((layer, name), "–") for name in estimators]) for layer in layers]
-        found.append(Distributions(_panel(panel), estimators, shown, number(low, 2), number(high, 2)))
-    return found
+        listed.append(Distributions(_panel(panel), estimators, shown, number(low, 2), number(high, 2)))
+    return listed
 
 
 # --- runs: what is missing, what disagrees, settings, commands ---
 
 
-def missing_tables(found: Gathered) -> list[Table]:
+def missing_tables(gathered: Gathered) -> list[Table]:
     """Return tables of the jobs that are not complete, and of values that are missing in the figures."""
-    table = missing_table(found)
+    table = missing_table(gathered)
     tables = []
-    if found.missing_jobs:
-        rows = [[words(job.folder), Field(" ".join(job.overrides), "code")] for job in found.missing_jobs]
+    if gathered.missing_jobs:
+        rows = [[words(job.folder), Field(" ".join(job.overrides), "code")] for job in gathered.missing_jobs]
         tables.append(Table("Jobs that are not complete", ["folder", "overrides"], rows))
     cells = table[table.command.isna()]
     if len(cells):
@@ -249,11 +249,11 @@ def missing_tables(found: Gathered) -> list[Table]:
     return tables
 
 
-def conflicts_table(found: Gathered) -> Table | None:
+def conflicts_table(gathered: Gathered) -> Table | None:
     """Return the table of results that later runs replaced by other numbers; None where there are none."""
-    if not found.conflicts:
+    if not gathered.conflicts:
         return None
-    table = conflict_table(found.conflicts)
+    table = conflict_table(gathered.conflicts)
     names = ["model", "data", "criterion", "probe", "layer", "estimator", "method", "kept", "replaced", "settings"]
     rows = []
     for row in table.fillna({"criterion": "–", "probe": "–", "layer": "–", "method": "–"}).to_dict("records"):
@@ -281,19 +281,19 @@ def settings_tables(runs: Sequence[Run]) -> list[Table]:
         for package, version in run.summary.get("versions", {}).items():
             versions.setdefault(str(package), Counter())[str(version)] += 1
     rows = [
-        [words(package), words(", ".join(f"{v} ({n} runs)" if len(found) > 1 else v for v, n in found.items()))]
-        for package, found in versions.items()
+        [words(package), words(", ".join(f"{v} ({n} runs)" if len(counts) > 1 else v for v, n in counts.items()))]
+        for package, counts in versions.items()
     ]
     if rows:
         tables.append(Table("Versions", ["package", "version"], rows))
     return tables
 
 
-def reproductions(found: Gathered, report: str) -> list[Reproduction]:
+def reproductions(gathered: Gathered, report: str) -> list[Reproduction]:
     """Return the commands behind each figure; ``report`` is the report's own."""
-    fig3 = [_command(found, JOB, run) for run in _unique(found.cells.values())]
-    fig4a = [_command(found, JOB, run) for run in _unique(found.curves.values())]
-    galleries = [_command(found, gallery.kind, gallery) for gallery in found.pictures]
+    fig3 = [_command(gathered, JOB, run) for run in _unique(gathered.cells.values())]
+    fig4a = [_command(gathered, JOB, run) for run in _unique(gathered.curves.values())]
+    galleries = [_command(gathered, gallery.kind, gallery) for gallery in gathered.pictures]
     steps = [("Fig. 3", fig3), ("Fig. 4a", fig4a), ("Galleries and sanity checks", galleries)]
     shown = [Reproduction(what, list(dict.fromkeys(commands))) for what, commands in steps if commands]
     return [*shown, Reproduction("This report", [report])]
@@ -303,8 +303,8 @@ def _unique(runs: Iterable[Run]) -> list[Run]:
     return list({id(run): run for run in runs}.values())
 
 
-def _command(found: Gathered, kind: str, run: Run | Pictures) -> str:
-    for sweep in found.sweeps.values():
+def _command(gathered: Gathered, kind: str, run: Run | Pictures) -> str:
+    for sweep in gathered.sweeps.values():
         if sweep.kind == kind and run.folder.is_relative_to(sweep.folder):
             return command_of(kind, ["-m", *sweep.arguments])
     if run.overrides is None:
@@ -315,19 +315,19 @@ def _command(found: Gathered, kind: str, run: Run | Pictures) -> str:
 # --- the sections ---
 
 
-def report_sections(found: Gathered, rho: pd.DataFrame, command: str) -> list[Section]:
+def report_sections(gathered: Gathered, rho: pd.DataFrame, command: str) -> list[Section]:
     """Return all sections of a report, in the order of the page.
 
     Args:
-        found: what was gathered.
+        gathered: the results of all runs.
         rho: Fig. 3 as a table.
         command: the report's own.
     """
-    curves_shown = tuple(degradation_figures(found))
-    shown = tuple(pictures(_unique([*found.cells.values(), *found.curves.values()]), found.pictures))
-    conflicts = conflicts_table(found)
+    curves_shown = tuple(degradation_figures(gathered))
+    shown = tuple(pictures(_unique([*gathered.cells.values(), *gathered.curves.values()]), gathered.pictures))
+    conflicts = conflicts_table(gathered)
     return [
-        Section("overview", "Overview", tuple(unlike(found)), (overview_table(found),)),
+        Section("overview", "Overview", tuple(unlike(gathered)), (overview_table(gathered),)),
         Section(
             "fig3", "Fig. 3: ρ by layer and estimator",
             ("Marks are medians over the neurons of a layer, bars reach from quartile to quartile, and black caps one "
@@ -343,18 +343,18 @@ def report_sections(found: Gathered, rho: pd.DataFrame, command: str) -> list[Se
         ),
         Section(
             "distributions", "Distributions of ρ over neurons",
-            distributions=tuple(distributions(found.rho, rho)),
+            distributions=tuple(distributions(gathered.rho, rho)),
         ),
         *([Section("pictures", "Galleries", pictures=shown)] if shown else []),
-        missing_section(found),
+        missing_section(gathered),
         Section(
             "conflicts", "Where runs disagree",
             ("Where several runs have a cell, the latest complete one has it.",) if conflicts else
             ("No two runs have different numbers for the same cell.",),
             folded=(conflicts,) if conflicts else (),
         ),
-        Section("settings", "Settings and versions", folded=tuple(settings_tables(found.runs))),
-        Section("reproduce", "How to make it again", commands=tuple(reproductions(found, command))),
+        Section("settings", "Settings and versions", folded=tuple(settings_tables(gathered.runs))),
+        Section("reproduce", "How to make it again", commands=tuple(reproductions(gathered, command))),
     ]  # fmt: skip
 
 
@@ -362,10 +362,10 @@ SWEPT = ("estimator", "criterion", "method", "probe", "layer", "bootstrap", "exp
 """Groups of settings that tell results apart, or change none."""
 
 
-def unlike(found: Gathered) -> Iterator[str]:
+def unlike(gathered: Gathered) -> Iterator[str]:
     """Say where results that stand side by side come from runs with other settings, such as other images."""
     by_panel: dict[tuple[str, str], list[Run]] = {}
-    for (model, data, *_), run in [*found.cells.items(), *found.curves.items()]:
+    for (model, data, *_), run in [*gathered.cells.items(), *gathered.curves.items()]:
         by_panel.setdefault((model, data), []).append(run)
     for (model, data), runs in by_panel.items():
         keys = [key for key in differing(run.settings for run in _unique(runs)) if key.split(".")[0] not in SWEPT]
@@ -373,15 +373,15 @@ def unlike(found: Gathered) -> Iterator[str]:
             yield f"Not all results of {model} on {data} have the same settings: the runs differ in {', '.join(keys)}."
 
 
-def missing_section(found: Gathered) -> Section:
+def missing_section(gathered: Gathered) -> Section:
     """Return the section of what is missing, with the commands that run it."""
-    tables = tuple(missing_tables(found))
+    tables = tuple(missing_tables(gathered))
     texts = [] if tables else ["Every job that was begun, or that a sweep was to have, is complete."]
     texts += [
         f"Which jobs the sweep in {name} was to have is not known, since another sweeper than Hydra’s own chose them."
-        for name, sweep in found.sweeps.items()
+        for name, sweep in gathered.sweeps.items()
         if sweep.jobs is None
     ]
-    commands = list(dict.fromkeys(job.command for job in found.missing_jobs))
+    commands = list(dict.fromkeys(job.command for job in gathered.missing_jobs))
     steps = (Reproduction("What runs them", commands),) if commands else ()
     return Section("missing", "What is missing", tuple(texts), tables, commands=steps)

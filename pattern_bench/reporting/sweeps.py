@@ -95,10 +95,10 @@ def read_overrides(folder: Path) -> tuple[str, ...] | None:
     if not file.is_file():
         return None
     try:
-        found = read_yaml(file)
-        if not isinstance(found, list):
+        content = read_yaml(file)
+        if not isinstance(content, list):
             raise ValueError("it is no list")
-        return tuple(str(override) for override in found)
+        return tuple(str(override) for override in content)
     except UNREADABLE as error:
         raise UserError(f"the run in {folder} is damaged (.hydra/overrides.yaml: {_line(error)}): remove it") from error
 

@@ -91,7 +91,7 @@ def degradation_table(degradation: pd.DataFrame, intervals: Intervals, missing: 
     curves = [(name, method) for name in [*names, "none"] for method in sorted(m for n, m in pairs if n == name)]
     several = len(curves) > len(names) + 1
     wide = wide.reindex(columns=pd.MultiIndex.from_tuples(curves, names=["estimator", "method"]))
-    found = areas(degradation)
+    by_curve = areas(degradation)
     tables = []
     for (model, data), table in wide.groupby(level=["model", "data"], sort=False):
         panel = (str(model), str(data))
@@ -101,7 +101,7 @@ def degradation_table(degradation: pd.DataFrame, intervals: Intervals, missing: 
         for end, bound in enumerate(("from", "to")):
             ends = [intervals.get((*panel, *curve), [float("nan")] * 2)[end] for curve in curves]
             rows[(*panel, f"{AREA}, 95 % {bound}")] = ends
-        rows[(*panel, AREA)] = [found.get((*panel, *curve), float("nan")) for curve in curves]
+        rows[(*panel, AREA)] = [by_curve.get((*panel, *curve), float("nan")) for curve in curves]
         tables.append(pd.DataFrame.from_dict(rows, orient="index", columns=[_title(*c, several) for c in curves]))
     joined = pd.concat(tables)
     joined.index = pd.MultiIndex.from_tuples(joined.index.tolist(), names=["model", "data", "step"])
@@ -153,23 +153,25 @@ class Line:
     accuracy: float
 
 
-def overview(found: Gathered) -> list[Line]:
+def overview(gathered: Gathered) -> list[Line]:
     """Return mean ρ, areas and accuracy: a line per model, data, criterion, probe and estimator."""
-    by_curve, intervals = areas(found.degradation), area_intervals(found.curves)
+    by_curve, intervals = areas(gathered.degradation), area_intervals(gathered.curves)
     measured: dict[Cell, dict[str, tuple[float, float, float] | None]] = {}
-    for curve in [*found.curves, *found.missing_curves]:
+    for curve in [*gathered.curves, *gathered.missing_curves]:
         low, high = intervals.get(curve, (math.nan, math.nan))
-        value = (float(by_curve[curve]), low, high) if curve in found.curves else None
+        value = (float(by_curve[curve]), low, high) if curve in gathered.curves else None
         measured.setdefault(curve[:3], {})[curve[3]] = value
     by = [*PANEL, "estimator"]
-    compared = of_same_neurons(found.rho, PANEL)
+    compared = of_same_neurons(gathered.rho, PANEL)
     groups = compared.groupby(by, sort=False).rho
-    means, neurons, live = groups.mean(), groups.count(), found.rho.groupby(by, sort=False).rho.count()
-    errors = errors_over_layers(compared, found.bootstrap)
-    there, lacking = (Counter((*cell[:4], cell[5]) for cell in cells) for cells in (found.cells, found.missing_cells))
-    runs = {(*cell[:4], cell[5]): run for cell, run in found.cells.items()}
-    runs |= {(model, data, "", "", "none"): run for (model, data, _, _), run in found.curves.items()}
-    keys = dict.fromkeys([*there, *lacking, *((*curve[:2], "", "", "none") for curve in measured if "none" in curve)])
+    means, neurons, live = groups.mean(), groups.count(), gathered.rho.groupby(by, sort=False).rho.count()
+    errors = errors_over_layers(compared, gathered.bootstrap)
+    present, lacking = (
+        Counter((*cell[:4], cell[5]) for cell in cells) for cells in (gathered.cells, gathered.missing_cells)
+    )
+    runs = {(*cell[:4], cell[5]): run for cell, run in gathered.cells.items()}
+    runs |= {(model, data, "", "", "none"): run for (model, data, _, _), run in gathered.curves.items()}
+    keys = dict.fromkeys([*present, *lacking, *((*curve[:2], "", "", "none") for curve in measured if "none" in curve)])
     lines = []
     for key in keys:
         accuracy = runs[key].accuracy.get("top1") if key in runs else None
@@ -180,7 +182,7 @@ def overview(found: Gathered) -> list[Line]:
                 float(errors.get(key, math.nan)),
                 int(neurons.get(key, 0)),
                 int(live.get(key, 0) - neurons.get(key, 0)),
-                there[key],
+                present[key],
                 lacking[key],
                 measured.get((key[0], key[1], key[4]), {}),
                 math.nan if accuracy is None else accuracy,
@@ -218,15 +220,15 @@ def conflict_table(conflicts: Iterable[Conflict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(CONFLICT_COLUMNS))
 
 
-def missing_table(found: Gathered) -> pd.DataFrame:
+def missing_table(gathered: Gathered) -> pd.DataFrame:
     """Return a row per missing job, cell and curve; a job's has its folder, overrides and command, the others their
     names."""
     rows: list[dict[str, Any]] = [
         {"folder": job.folder, "overrides": " ".join(job.overrides), "command": job.command}
-        for job in found.missing_jobs
+        for job in gathered.missing_jobs
     ]
-    rows += [dict(zip(CELL, cell, strict=True)) for cell in found.missing_cells]
-    rows += [dict(zip(CURVE, curve, strict=True)) for curve in found.missing_curves]
+    rows += [dict(zip(CELL, cell, strict=True)) for cell in gathered.missing_cells]
+    rows += [dict(zip(CURVE, curve, strict=True)) for curve in gathered.missing_curves]
     return pd.DataFrame(rows, columns=list(MISSING_COLUMNS))
 
 

@@ -61,7 +61,7 @@ class _Class:
 def _declared(package: str, base: str) -> dict[str, Facts]:
     """Facts of the classes with a name of their own below the class ``base``, in the modules of ``package``."""
     classes = dict(_classes(package))
-    found = []
+    every = []
     for title, kind in classes.items():
         line = list(_line(title, classes))
         if title != base and base in line and "name" in kind.own:
@@ -69,8 +69,8 @@ def _declared(package: str, base: str) -> dict[str, Facts]:
             known = {key: value for name in reversed(line) for key, value in classes[name].own.items()}
             label = kind.own.get("label", kind.own["name"])
             known |= {"label": label, "math_label": kind.own.get("math_label", label)}
-            found.append(Facts(**{key: known[key] for key in Facts.__dataclass_fields__ if key in known}))
-    return {facts.name: facts for facts in sorted(found, key=lambda facts: (facts.place, facts.name))}
+            every.append(Facts(**{key: known[key] for key in Facts.__dataclass_fields__ if key in known}))
+    return {facts.name: facts for facts in sorted(every, key=lambda facts: (facts.place, facts.name))}
 
 
 def _classes(package: str) -> Iterator[tuple[str, _Class]]:

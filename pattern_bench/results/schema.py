@@ -166,8 +166,8 @@ def summarise_rho(rho: pd.DataFrame, bootstrap: pd.DataFrame) -> dict[str, Any]:
     if len(bootstrap):
         errors = standard_errors(bootstrap, ["layer"])
         for layer in layers:
-            found = errors.loc[layer["layer"]]
-            layer["standard_error"] = {name: _number(found[name]) for name in ("mean", "median")}
+            spread = errors.loc[layer["layer"]]
+            layer["standard_error"] = {name: _number(spread[name]) for name in ("mean", "median")}
     return {"all": figures(rho), "layers": layers}
 
 
@@ -201,10 +201,12 @@ def of_same_neurons(
         for columns in (within, [*within, "layer", "neuron"], of)
     )
     # Which estimators have which neuron, and which are in which group: (places, estimators).
-    has, there = (np.zeros((place.max(initial=0) + 1, who.max(initial=0) + 1), dtype=bool) for place in (neuron, group))
-    has[neuron, who], there[group, who] = True, True
+    neuron_has, group_has = (
+        np.zeros((place.max(initial=0) + 1, who.max(initial=0) + 1), dtype=bool) for place in (neuron, group)
+    )
+    neuron_has[neuron, who], group_has[group, who] = True, True
     kept = rho.rho.notna().to_numpy(copy=True)
-    kept[kept] = has.sum(1)[neuron] == there.sum(1)[group]
+    kept[kept] = neuron_has.sum(1)[neuron] == group_has.sum(1)[group]
     return rho.assign(rho=rho.rho.where(kept))
 
 
