@@ -31,7 +31,7 @@ from pattern_bench.results.labels import RANDOM_ORDER, ordered, plain
 PICTURES = ("explanations", "fig1", "fig4b", "fig5", "randomisation", "convergence")
 """Of the job, of galleries and of sanity checks."""
 UNFILTERABLE = set("'=<>\\\n")
-"""wandb-workspaces writes filters as expressions, in which these would be read as something else."""
+"""Characters that no name in a filter may have: wandb-workspaces writes filters as expressions."""
 MANY = 1000
 """Bars or runs in a panel, at most, instead of W&B's few."""
 HOW_TO_READ = """\
@@ -81,10 +81,10 @@ def measured(folders: Sequence[str]) -> dict[Setting, Measured]:
     Raises:
         UserError: where there is no complete run, or one is damaged.
     """
-    there = Found()
+    sources = Found()
     for name in folders:
-        there.look(Path(name).expanduser(), name)
-    runs = read_runs(there)
+        sources.look(Path(name).expanduser(), name)
+    runs = read_runs(sources)
     if not runs:
         raise UserError(f"DIR={' '.join(folders)} holds no complete run (none has a summary.json): run the job first")
     found: dict[Setting, Measured] = {}
