@@ -1,1 +1,1 @@
-"""What stands behind ``python -m pattern_bench`` and its sisters: arguments, errors, exit codes."""
+"""The commands, ``python -m pattern_bench`` and its sisters: arguments, errors, exit codes. See README.md."""

@@ -18,7 +18,10 @@ TIMES = {"m": 60, "h": 3600, "d": 86400}
 
 
 def size_of(text: str) -> int:
-    """Bytes, of a number with a unit, such as ``10GiB``.
+    """Return the bytes of a number with a unit.
+
+    >>> size_of("10GiB"), size_of("1.5k")
+    (10737418240, 1536)
 
     Raises:
         UserError: where it is none.
@@ -31,7 +34,10 @@ def size_of(text: str) -> int:
 
 
 def age_of(text: str) -> float:
-    """Seconds, of a number with a unit, such as ``30d``.
+    """Return the seconds of a number with a unit.
+
+    >>> age_of("90m"), age_of("30d")
+    (5400.0, 2592000.0)
 
     Raises:
         UserError: where it is none.
@@ -45,13 +51,21 @@ def age_of(text: str) -> float:
 
 
 def shown_size(size: int) -> str:
-    """Bytes for people, such as ``1.5 GiB``."""
+    """Write bytes for people.
+
+    >>> shown_size(1536)
+    '1.5 KiB'
+    """
     unit = max((u for u in UNITS if UNITS[u] <= max(size, 1)), key=lambda u: UNITS[u])
     return f"{size} B" if unit == "B" else f"{size / UNITS[unit]:.1f} {unit}"
 
 
 def shown_age(seconds: float) -> str:
-    """Seconds for people, such as ``3 h``."""
+    """Write seconds for people.
+
+    >>> shown_age(10800)
+    '3 h'
+    """
     if seconds < 60:
         return "now"
     unit = "d" if seconds >= 2 * 86400 else "h" if seconds >= 2 * 3600 else "m"
@@ -59,7 +73,13 @@ def shown_age(seconds: float) -> str:
 
 
 def table(found: Sequence[Entry], used: set[tuple[str, str]], now: float) -> list[str]:
-    """A line for each kind and one for all."""
+    """Return a heading, a line for each kind of entries, and one for all.
+
+    Args:
+        found: the entries.
+        used: kinds and keys of those that running jobs use.
+        now: in seconds since 1970.
+    """
     rows = [("kind", "entries", "size", "in use", "used last", "and first")]
     for kind in (*KINDS, "all"):
         of = [entry for entry in found if kind in (entry.kind, "all")]
@@ -72,8 +92,14 @@ def table(found: Sequence[Entry], used: set[tuple[str, str]], now: float) -> lis
 
 
 def chosen(found: Sequence[Entry], older: float | None, down_to: int | None, now: float) -> list[Entry]:
-    """Those to remove: not used for ``older`` seconds, and of those the ones whose use is longest ago until all found
-    have ``down_to`` bytes at most."""
+    """Choose entries to remove, those that were used longest ago first.
+
+    Args:
+        found: the entries.
+        older: only those that were not used for so many seconds; None for any.
+        down_to: only as many as leave so many bytes; None for all.
+        now: in seconds since 1970.
+    """
     oldest_first = sorted(found, key=lambda entry: entry.used)
     left = sum(entry.size for entry in found)
     picked = []

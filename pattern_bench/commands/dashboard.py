@@ -1,5 +1,5 @@
 """``python -m pattern_bench.dashboard DIR… --project P --entity E``: W&B views and a W&B report of what runs measured.
-What is in them is in ``dashboard.py``."""
+``reporting/dashboard.py`` says what is in them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,20 @@ from pattern_bench.tracking.wandb_server import reachable
 
 
 def dashboard(folders: Sequence[str], project: str, entity: str, output: Path) -> list[str]:
-    """Writes the specification of views and report to ``output``, and makes them on W&B's server where there is a key
-    and it answers; returns lines that say what it did.
+    """Write the specification of views and report into a file, and make them on W&B's server where that can be.
+
+    Args:
+        folders: run folders, or folders of runs.
+        project: the W&B project that holds the runs.
+        entity: the W&B user or team.
+        output: the file.
+
+    Returns:
+        Lines that say what was done.
 
     Raises:
-        UserError: for what the user can mend.
+        UserError: where the package wandb-workspaces is missing, there is no complete run, the file cannot be written,
+            or the server refuses.
     """
     try:
         from pattern_bench.reporting import dashboard

@@ -44,9 +44,9 @@ _CREDENTIALS = re.compile(
 
 @contextmanager
 def run_folder(cfg: DictConfig) -> Iterator[Path]:
-    """Hydra's folder for this run, which within is this job's alone; and what Hydra would leave there.
+    """Within, Hydra's folder for this run is this job's alone, and holds the files that Hydra would write there.
 
-    Hydra itself writes before it calls, so ``conf/config.yaml`` tells it not to.
+    Hydra itself writes before it calls the job, so ``conf/config.yaml`` tells it not to.
 
     Raises:
         UserError: where another job has the folder, or it holds a complete run of other settings.
@@ -76,7 +76,7 @@ def run_folder(cfg: DictConfig) -> Iterator[Path]:
 
 
 def start(job: Job, cfg: DictConfig, folder: Path) -> None:
-    """Runs ``job`` in the folder, in as many processes as ``cfg.trainer`` says."""
+    """Run ``job`` in the folder, in as many processes as ``cfg.trainer`` says, and print where its results are."""
     log_config = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
     with one_job():
         launch(job, cfg, folder, log_config)
@@ -86,10 +86,14 @@ def start(job: Job, cfg: DictConfig, folder: Path) -> None:
 
 
 def arguments(given: list[str], module: str = "pattern_bench") -> list[str]:
-    """The command line as Hydra is to see it.
+    """Return the command line as Hydra is to see it.
 
     ``resume=DIR`` becomes the overrides of the run in ``DIR``, before those given, and its folder. A process that
     torchrun or srun started beside the first leaves nothing of its own.
+
+    Args:
+        given: the command line as the user gave it.
+        module: that it starts.
 
     Raises:
         UserError: where a setting is given without a value, an address has credentials in it, ``DIR`` is no run's

@@ -31,7 +31,7 @@ from pattern_bench.results.labels import RANDOM_ORDER, ordered, plain
 PICTURES = ("explanations", "fig1", "fig4b", "fig5", "randomisation", "convergence")
 """Of the job, of galleries and of sanity checks."""
 UNFILTERABLE = set("'=<>\\\n")
-"""wandb-workspaces writes filters as expressions, in which these would be read as something else."""
+"""Characters that no name in a filter may have: wandb-workspaces writes filters as expressions."""
 MANY = 1000
 """Bars or runs in a panel, at most, instead of W&B's few."""
 HOW_TO_READ = """\

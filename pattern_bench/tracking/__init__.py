@@ -1,1 +1,1 @@
-"""Experiment trackers: W&B, TensorBoard, CSV."""
+"""Trackers of experiments: W&B, TensorBoard, CSV. See README.md."""
