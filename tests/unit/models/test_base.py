@@ -108,7 +108,7 @@ def test_a_file_without_one_state_dict_is_refused(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (network(1), "besides tensors it holds test_weight_files.Net, torch.nn.modules"),
+        (network(1), f"besides tensors it holds {Net.__module__}.Net, torch.nn.modules"),
         ({"state_dict": STATE, "hyper_parameters": OmegaConf.create({"a": 1})}, "omegaconf"),
         ({"state_dict": STATE, "hyper_parameters": argparse.Namespace(a=1)}, "argparse.Namespace"),
         ({"model": network(1)}, "a whole pickled model, or a checkpoint with objects in it"),
