@@ -1,8 +1,8 @@
 """The experiments' own arithmetic, and one of each kind run as a reader would."""
 
+import importlib
 import json
 import re
-import runpy
 import sys
 from argparse import Namespace
 
@@ -385,7 +385,7 @@ FILES = {
 def test_an_experiment_says_what_it_needs(experiment, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["experiment", "--help"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module(f"experiments.{experiment}", run_name="__main__", alter_sys=True)
+        importlib.import_module(f"experiments.{experiment}.__main__").main()
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert "Writes" in said
