@@ -14,9 +14,10 @@ from experiments.passes import moment_pass
 from pattern_bench.api import Moments
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.estimators import Filter, Linear, Random, TwoRegimes
-from pattern_bench.core.probe_closed_form import CLOSED_FORM, Probe, Target, rho
+from pattern_bench.core.probe_closed_form import Probe, Target, rho
 from pattern_bench.engine.streams import fast_layout
 
+CRITERIA = ("all", "rectified")
 RHO = "rho of 512 neurons, D = 4,608, all estimators, two criteria"
 
 
@@ -36,7 +37,7 @@ def solving(device: str) -> pd.DataFrame:
         probe = Probe(moments, 1e-4)
         for estimator in estimators:
             pattern = estimator.fit(weight, moments, generator)
-            for criterion in CLOSED_FORM:
+            for criterion in CRITERIA:
                 target = Target(criterion, layer.bias.double())  # type: ignore[union-attr]
                 rho(probe.direction(pattern, target), moments, pattern, target)
 

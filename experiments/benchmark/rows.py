@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from experiments.passes import moment_pass
 from pattern_bench.api import Pattern
 from pattern_bench.core.layers import geometry_of, patches
-from pattern_bench.core.network import layers_in_order
 from pattern_bench.engine.streams import fast_layout
 from pattern_bench.methods.gradients import Gradient
 from pattern_bench.methods.patterns import PatternAttribution
@@ -31,8 +30,9 @@ def rows(model: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
         model: in canonical form, in evaluation mode.
         x: (B, C, H, W).
     """
-    layers = layers_in_order(model, x[:1])
     fast = fast_layout(x)
+    add_for_patterns, collectors = moment_pass(model, fast, False)
+    layers = list(collectors)
     ranks = random_patch_order(len(x), grid_of(x.shape[2:], 2), torch.Generator().manual_seed(0)).to(x.device)
     steps = degraded(x, ranks, 2, ranks[0].numel())
     gradient, attribution = Gradient(model), PatternAttribution(model, filters_as_patterns(model, layers))
@@ -45,7 +45,7 @@ def rows(model: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
     return {
         FORWARD: lambda: model(x),
         CHANNELS_LAST: lambda: model(fast),
-        PATTERNS: moment_pass(model, fast, False)[0],
+        PATTERNS: add_for_patterns,
         EVERYTHING: moment_pass(model, fast, True)[0],
         f"patterns, {POSITIONS:.0%} of positions": moment_pass(model, fast, False, positions=POSITIONS)[0],
         f"everything for rho, {POSITIONS:.0%} of positions": moment_pass(model, fast, True, positions=POSITIONS)[0],

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pattern_bench as pb
-from pattern_bench.api import LayerMoments
-from pattern_bench.core.moments import Moments
+from pattern_bench.api import LayerMoments, Moments
 from pattern_bench.data.toy import Toy
 from pattern_bench.models.small import LinearModel
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pattern_bench.core.estimators import Estimator, Pattern
-from pattern_bench.core.moments import Moments
+from pattern_bench.api import Estimator, Moments, Pattern
 
 
 class OwnMeans(Estimator):

@@ -8,5 +8,12 @@ from pathlib import Path
 from experiments.jobs import DIGITS, SQUEEZENET
 from experiments.pictures import gallery
 
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    gallery("fig4b", {DIGITS: "image=0", SQUEEZENET: "image=2"}, HERE, __doc__)
+
+
 if __name__ == "__main__":
-    gallery("fig4b", {DIGITS: "image=0", SQUEEZENET: "image=2"}, Path(__file__).parent, __doc__)
+    main()

@@ -8,5 +8,12 @@ from pathlib import Path
 from experiments.jobs import DIGITS, SQUEEZENET
 from experiments.pictures import gallery
 
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    gallery("fig5", {DIGITS: "images=4", SQUEEZENET: "images=3"}, HERE, __doc__)
+
+
 if __name__ == "__main__":
-    gallery("fig5", {DIGITS: "images=4", SQUEEZENET: "images=3"}, Path(__file__).parent, __doc__)
+    main()

@@ -1,4 +1,6 @@
-"""Scores every explanation method where the truth is known, and asks whether ρ and degradation could have told.
+"""Which explanation is right where the truth is known: ``python -m experiments.ground_truth --help``.
+
+Scores every method, and asks whether ρ and degradation could have told.
 
 Writes by_seed.csv, scores.csv, correlations.csv, predicts.png and sweep.png beside itself, and the tables into
 README.md. Settings that are complete below --runs are left alone.

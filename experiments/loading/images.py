@@ -9,7 +9,7 @@ from typing import Any
 
 from torchvision.transforms import v2
 
-from pattern_bench.data.base import Source, photograph_transform
+from pattern_bench.data.base import photograph_transform
 from pattern_bench.data.folder import Folder, FolderPool
 from pattern_bench.data.shards import Shards
 from pattern_bench.data.splits import Split, make_splits
@@ -65,7 +65,7 @@ def write_shards(files: list[bytes], folder: Path, count: int, per_shard: int, d
     return folder
 
 
-def split_of(source: Source, size: int, cache: Cache | None = None) -> Split:
+def split_of(source: Folder | Shards, size: int, cache: Cache | None = None) -> Split:
     """All images of a source, as the job's validation split is made."""
     source.cache = cache
     split = make_splits(source, 0)["validation"]
@@ -73,11 +73,11 @@ def split_of(source: Source, size: int, cache: Cache | None = None) -> Split:
     return split
 
 
-def folder_source(root: Path) -> Source:
+def folder_source(root: Path) -> Folder:
     """The data set that ``data=folder`` makes of a folder."""
     return Folder(**SETTINGS, root=str(root), validation_root=str(root), size=224)
 
 
-def shard_source(root: Path) -> Source:
+def shard_source(root: Path) -> Shards:
     """The data set that ``data=shards`` makes of a folder of shards."""
     return Shards(**SETTINGS, root=str(root), validation_root=str(root), classes=None, shards_kept=8, size=224)

@@ -17,6 +17,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib import pyplot as plt
+from safetensors.torch import load_file
 
 from experiments.jobs import (
     BOOTSTRAP,
@@ -33,7 +34,6 @@ from experiments.jobs import (
 )
 from experiments.pages import beside_others, markdown, write_block
 from pattern_bench.results.schema import of_same_neurons, write_csv
-from pattern_bench.storage.tensor_files import read_tensors
 
 HERE = Path(__file__).parent
 ESTIMATORS = ("w", "a", "a_plus_minus")
@@ -60,9 +60,7 @@ IMAGENET = {"SqueezeNet 1.1, ImageNet's weights": SQUEEZENET, "VGG-16's conv lay
 def angles(filters: Path, patterns: Path, *others: Path) -> pd.DataFrame:
     """Degrees between each neuron's filter and its pattern a₊, from the patterns of S_w and of another estimator; of
     the neurons that are live under both, and under the ``others`` that they stand beside."""
-    own, other, *rest = (
-        read_tensors(folder / "patterns.safetensors", unsigned=True)[0] for folder in (filters, patterns, *others)
-    )
+    own, other, *rest = (load_file(folder / "patterns.safetensors") for folder in (filters, patterns, *others))
     rows = []
     for name in (key.removesuffix("/positive") for key in own if key.endswith("/positive")):
         w, a = (tensors[f"{name}/positive"].flatten(1).double() for tensors in (own, other))

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pattern_bench as pb
+from experiments.passes import moment_pass
 from pattern_bench.api import LayerMoments, canonical_form
-from pattern_bench.core.collector import Collector
-from pattern_bench.core.layers import Scratch
-from pattern_bench.core.network import collecting, layers_in_order
 from pattern_bench.engine.streams import fast_layout
 from pattern_bench.storage.cache import Cache
 
@@ -95,23 +93,10 @@ def steady(network: nn.Module, images: Tensor, **settings: Any) -> dict[str, Cal
     """The same for one batch among many, without beginning and end."""
     fast = fast_layout(images)
     plain = canonical_form(network, fast[:1])
-    layers = layers_in_order(plain, fast[:1])
-
-    def collecting_pass(gram: bool) -> Callable[[], object]:
-        scratch = Scratch()
-        found: dict[str, Any] = {name: plain.get_submodule(name) for name in layers}
-        collectors = {name: Collector(layer, gram, scratch=scratch, **settings) for name, layer in found.items()}
-
-        def run() -> None:
-            with torch.no_grad(), collecting(plain, collectors):
-                plain(fast)
-
-        return run
-
     return {
         FORWARD: _forward(plain, [fast]),
-        PATTERNS: collecting_pass(gram=False),
-        EVERYTHING: collecting_pass(gram=True),
+        PATTERNS: moment_pass(plain, fast, gram=False, **settings)[0],
+        EVERYTHING: moment_pass(plain, fast, gram=True, **settings)[0],
     }
 
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import pattern_bench as pb
 from experiments.neurons import over_same_neurons
-from pattern_bench.api import LayerMoments
-from pattern_bench.core.estimators import Pattern
+from pattern_bench.api import LayerMoments, Pattern
 from pattern_bench.engine.streams import fast_layout
 
 CHUNK = 10

@@ -1,7 +1,8 @@
 """The experiments' own arithmetic, and one of each kind run as a reader would."""
 
+import importlib
 import json
-import subprocess
+import re
 import sys
 from argparse import Namespace
 
@@ -66,15 +67,32 @@ def test_the_pictures_that_may_be_shown_are_there_and_small(tmp_path):
     assert Image.open(tmp_path / "small.jpg").size[0] == 100
 
 
-def test_every_experiment_has_a_page_with_its_command_and_a_result():
-    for folder in sorted(path for path in (ROOT / "experiments").glob("[a-z]*") if path.is_dir()):
-        page = (folder / "README.md").read_text()
-        assert "python " in page, folder
-        for line in page.splitlines():
-            for part in line.split("](")[1:]:
-                target = part.partition(")")[0].partition("#")[0]
-                if target and "://" not in target:
-                    assert (folder / target).exists(), f"{folder.name}/README.md links to {target}"
+EXPERIMENTS = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/__main__.py"))
+SECTIONS = ["Question", "Command", "Results", "What it says", "What limits it"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_has_a_page_of_the_same_sections_with_its_command_and_a_result(experiment):
+    folder = ROOT / "experiments" / experiment
+    page = (folder / "README.md").read_text()
+    assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == SECTIONS
+    command = page[page.index("## Command") : page.index("## Results")]
+    assert f"python -m experiments.{experiment}" in command
+    starts = re.findall(r"^<!-- ([^/].*) -->$", page, re.MULTILINE)
+    assert [f"/{name}" for name in starts] == re.findall(r"^<!-- (/.*) -->$", page, re.MULTILINE)
+    assert starts or list(folder.glob("*.jpg"))
+    for line in page.splitlines():
+        for part in line.split("](")[1:]:
+            target = part.partition(")")[0].partition("#")[0]
+            if target and "://" not in target:
+                assert (folder / target).exists(), f"{experiment}/README.md links to {target}"
+
+
+def test_every_folder_of_experiments_is_a_command_and_stands_on_the_first_page():
+    folders = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/README.md"))
+    assert folders == EXPERIMENTS
+    page = (ROOT / "experiments" / "README.md").read_text()
+    assert sorted(re.findall(r"^\| \[(\w+)\]\(\1/README.md\)", page, re.MULTILINE)) == EXPERIMENTS
 
 
 # --- Fig. 3 ---
@@ -337,15 +355,6 @@ def test_a_sweep_of_an_experiment_runs_and_is_left_alone_when_it_is_complete(cac
     capfd.readouterr()
 
 
-@pytest.mark.parametrize("experiment", ["fig3_signal_estimators", "fig4a_degradation", "models", "fig5_gallery"])
-def test_an_experiment_says_what_it_needs(experiment):
-    done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{experiment}", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "--photographs" in done.stdout
-
-
 def test_tables_of_the_experiments_are_guarded_and_read_back(tmp_path):
     from experiments.pages import beside_others
 
@@ -360,3 +369,25 @@ def test_tables_of_the_experiments_are_guarded_and_read_back(tmp_path):
 def test_no_experiment_writes_a_table_without_the_guard():
     for file in (ROOT / "experiments").rglob("*.py"):
         assert ".to_csv(" not in file.read_text(), file
+
+
+FILES = {
+    "benchmark": ["--weights", "--images"], "fig2_linear": [], "fig3_signal_estimators": ["--photographs", "--cifar"],
+    "fig4a_degradation": ["--photographs", "--cifar"], "fig4b_estimators": ["--photographs"],
+    "fig5_gallery": ["--photographs"], "ground_truth": [], "loading": ["--images"],
+    "models": ["--photographs", "--cifar"], "sanity": ["--photographs", "--squeezenet"],
+    "scaling": ["--photographs", "--vgg16"],
+}  # fmt: skip
+"""What each experiment asks for."""
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_says_what_it_needs(experiment, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experiment", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"experiments.{experiment}.__main__").main()
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "Writes" in said
+    for option in FILES.get(experiment, []):
+        assert f"{option} " in said
