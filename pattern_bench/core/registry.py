@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 import sys
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+@functools.cache
 def classes_by_name(base: type[T], package: str) -> dict[str, type[T]]:
     """Import every module that lies in a package, and collect the subclasses of ``base`` that are defined there.
 

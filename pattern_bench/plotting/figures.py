@@ -22,8 +22,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from pattern_bench.core import estimators
 from pattern_bench.plotting.styles import curve_label, curve_styles, estimator_colours, legible
-from pattern_bench.results import declared
 from pattern_bench.results.labels import formula, method_place, ordered, plain
 from pattern_bench.results.schema import of_same_neurons, standard_errors
 from pattern_bench.storage.atomic import write_file
@@ -40,7 +40,7 @@ MOST_BANDS = 8
 """More bands than these hide the curves."""
 HEAT = "seismic"
 RHO = r"$\rho(S)$"
-_LABELS = [facts.math_label for facts in declared.estimators().values()]
+_LABELS = [facts.math_label for facts in estimators.by_name().values()]
 _FORMULAS = re.compile("(" + "|".join(re.escape(text) for text in [*_LABELS, RHO] if "$" in text) + ")")
 MOST_LETTERS = 160
 """Of a line of text: more would make the figure wider than what it shows."""

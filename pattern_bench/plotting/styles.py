@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import seaborn as sns
 
-from pattern_bench.results import declared
+from pattern_bench import methods
+from pattern_bench.core import estimators
 from pattern_bench.results.labels import RANDOM_ORDER, method_place, ordered, plain
 
 _SEABORN = ("blue", "orange", "green", "vermilion", "purple", "brown", "pink", "silver", "yellow", "sky")
@@ -74,7 +75,7 @@ def estimator_colours(names: Iterable[str]) -> dict[str, str]:
     >>> estimator_colours(["mine"])["a"] == COLOURS["vermilion"]
     True
     """
-    chosen = {name: COLOURS[facts.colour] for name, facts in declared.estimators().items() if facts.colour}
+    chosen = {name: COLOURS[facts.colour] for name, facts in estimators.by_name().items() if facts.colour}
     others = sorted(set(names) - {*chosen, "none"})
     free = {name: PALETTE[(_FIRST_FREE + i) % len(PALETTE)] for i, name in enumerate(others)}
     return {**chosen, "none": GREY, **free}
@@ -97,7 +98,7 @@ def curve_styles(curves: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Sty
             place = free.index(method)
             styles[name, method] = Style(PALETTE[others[place % 9]], DASHED if place < 9 else DASH_DOTTED)
         else:
-            facts = declared.methods().get(method.split(",")[0])
+            facts = methods.by_name().get(method.split(",")[0])
             styles[name, method] = Style(colours[name], LINES[facts.line] if facts else SOLID)
     return styles
 

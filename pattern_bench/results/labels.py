@@ -1,10 +1,11 @@
-"""How estimators and methods are written for people, and in which order. Imports no torch."""
+"""How estimators and methods are written for people, and in which order: the classes say it themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pattern_bench.results import declared
+from pattern_bench import methods
+from pattern_bench.core import estimators
 
 RANDOM_ORDER = "random_order"
 """The baseline of degradation curves, which no method makes."""
@@ -17,7 +18,7 @@ def plain(name: str) -> str:
     ('S_a+-', 'LRP z-rule, constant 0', 'mine')
     """
     first, *rest = name.split(",")
-    facts = declared.estimators().get(first) or declared.methods().get(first)
+    facts = estimators.by_name().get(first) or methods.by_name().get(first)
     label = "random order" if first == RANDOM_ORDER else facts.label if facts else first
     return ",".join([label, *rest])
 
@@ -28,18 +29,18 @@ def formula(estimator: str) -> str:
     >>> formula("a_plus_minus"), formula("random"), formula("mine")
     ('$S_{a+-}$', 'random', 'mine')
     """
-    facts = declared.estimators().get(estimator)
+    facts = estimators.by_name().get(estimator)
     return facts.math_label if facts else estimator
 
 
-def ordered(estimators: Iterable[str]) -> list[str]:
+def ordered(names: Iterable[str]) -> list[str]:
     """Return each name once: the suite's in the order of their ``place``, then others by name.
 
     >>> ordered(["mine", "a", "x", "a"])
     ['x', 'a', 'mine']
     """
-    known = declared.estimators()
-    return sorted(set(estimators), key=lambda name: (known[name].place if name in known else 99, name))
+    known = estimators.by_name()
+    return sorted(set(names), key=lambda name: (known[name].place if name in known else 99, name))
 
 
 def method_place(method: str) -> tuple[int, str]:
@@ -49,5 +50,5 @@ def method_place(method: str) -> tuple[int, str]:
     ['pattern_net', 'gradient', 'random_order', 'mine']
     """
     name = method.split(",")[0]
-    facts = declared.methods().get(name)
+    facts = methods.by_name().get(name)
     return (98 if name == RANDOM_ORDER else facts.place if facts else 99, method)
