@@ -42,4 +42,4 @@ def similarity_measures() -> dict[str, type[Similarity]]:
     >>> list(similarity_measures())
     ['spearman_signed', 'spearman_absolute', 'ssim', 'cosine']
     """
-    return classes_by_name(Similarity, "pattern_bench.metrics")  # type: ignore[type-abstract]
+    return classes_by_name(Similarity, "pattern_bench.metrics")
