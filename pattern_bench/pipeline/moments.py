@@ -183,13 +183,14 @@ def _collect_piece(
         for layer in missing:
             # Added up, stored and released one by one: a layer's Gram matrix can have gigabytes.
             tensors = stream.watchers.pop(layer).moments().tensors()
-            moments = sums.read({name: collectives.total_in_first(tensor) for name, tensor in tensors.items()})
-            del tensors
+            for name in list(tensors):
+                tensors[name] = collectives.total_in_first(tensors[name])
             if collectives.first():
-                moments = moments.to("cpu")
+                moments = sums.read(tensors).to("cpu")
                 if not cache.save("moments", keys[layer], moments.tensors(), {**metadata, "layer": layer}):
                     found[layer] = moments
-            del moments
+                del moments
+            del tensors
         collectives.wait()  # what is removed next is not needed any more
         if cache.writable:
             state.remove()
