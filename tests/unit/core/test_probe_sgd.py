@@ -153,6 +153,7 @@ def test_a_pattern_in_the_weights_shape_is_the_same():
 SGD = ["probe=both", "explanation.images=1", "degradation.images=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["random", "w", "a_plus_minus"])
 def test_descent_and_closed_form_agree_on_the_digits(run_job, estimator):
     """Within 0.02 for 95 % of live neurons: what the suite promises of every network."""
