@@ -170,7 +170,7 @@ def _collect_piece(
     if setup.cfg.moments.positions < 1:
         shared |= {"positions": setup.cfg.moments.positions, "seed": setup.cfg.seed}
     keys = {layer: key_of(**{**shared, **sums.key}, layer=layer) for layer in setup.layers}
-    with cache.lock("moments", key_of(**shared)) if collectives.first() else nullcontext():
+    with cache.lock("moments", key_of(**shared)) if collectives.is_rank_zero() else nullcontext():
         missing, visited = _missing(cache, sums, keys)
         if not missing:
             bar.add_images(len(piece), len(piece))
@@ -183,14 +183,14 @@ def _collect_piece(
         for layer in missing:
             # Added up, stored and released one by one: a layer's Gram matrix can have gigabytes.
             tensors = stream.watchers.pop(layer).moments().tensors()
-            moments = sums.read({name: collectives.total_in_first(tensor) for name, tensor in tensors.items()})
+            moments = sums.read({name: collectives.reduce(tensor) for name, tensor in tensors.items()})
             del tensors
-            if collectives.first():
+            if collectives.is_rank_zero():
                 moments = moments.to("cpu")
                 if not cache.save("moments", keys[layer], moments.tensors(), {**metadata, "layer": layer}):
                     found[layer] = moments
             del moments
-        collectives.wait()  # what is removed next is not needed any more
+        collectives.barrier()  # what is removed next is not needed any more
         if cache.writable:
             state.remove()
         return found, visited
@@ -200,15 +200,15 @@ def _missing(cache: Cache, sums: Sums[M], keys: Mapping[str, str]) -> tuple[list
     """The layers whose moments are not in the cache, as the first process sees it; and what those there visited."""
     gone = torch.zeros(len(keys), dtype=torch.int64)
     about: dict[str, str] = {}
-    if collectives.first():
+    if collectives.is_rank_zero():
         for number, key in enumerate(keys.values()):
             entry = cache.load("moments", key, sums.read)
             gone[number] = entry is None
             about = entry[1] if entry is not None else about
-    missing = [layer for layer, is_gone in zip(keys, collectives.from_first(gone).tolist(), strict=True) if is_gone]
+    missing = [layer for layer, is_gone in zip(keys, collectives.broadcast(gone).tolist(), strict=True) if is_gone]
     if missing:
         return missing, Visited()
-    about = json.loads(collectives.text_from_any(json.dumps(about) if about else ""))
+    about = json.loads(collectives.broadcast_text(json.dumps(about) if about else ""))
     return missing, Visited(int(about["images"]), tuple(json.loads(about["unreadable"])))
 
 
