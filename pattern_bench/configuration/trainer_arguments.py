@@ -1,6 +1,7 @@
 """The ``trainer`` settings: the suite's own, and which of Lightning's arguments may be given besides.
 
-``tests/unit/configuration/test_trainer_arguments.py`` fails where an argument of Lightning's Trainer is in none of these. Imports no torch.
+``tests/unit/configuration/test_trainer_arguments.py`` fails where an argument of Lightning's Trainer is in none of these.
+Imports no torch.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class StageProgress:
     console: Console = field(init=False)
 
     def __post_init__(self) -> None:
-        self.console = Console(stderr=True, quiet=self.quiet or not collectives.first())
+        self.console = Console(stderr=True, quiet=self.quiet or not collectives.is_rank_zero())
 
     @contextmanager
     def run(self, name: str, title: str) -> Iterator[Bar]:
@@ -134,7 +134,7 @@ class StageProgress:
             progress.update(bar.task, completed=task.total or 1, total=task.total or 1)
         seconds = time.perf_counter() - start
         self.seconds[name] = round(seconds, 3)
-        if images := int(collectives.total(torch.tensor(bar.images))):
+        if images := int(collectives.all_reduce(torch.tensor(bar.images))):
             self.images_per_second[name] = round(images / seconds, 1)
         self.peak_memory_mib[name] = _peak_memory_mib()
         if torch.cuda.is_available():

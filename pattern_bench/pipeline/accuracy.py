@@ -61,7 +61,7 @@ class MeasureAccuracy(Stage[Accuracy]):
         visited = stream_over(self.machine, setup.source, stream, split, state, bar)
         if not visited.images:
             return Accuracy(skipped=f"none of the {len(split)} validation images can be read", visited=visited)
-        top1, top5 = collectives.total(stream.right).tolist()
+        top1, top5 = collectives.all_reduce(stream.right).tolist()
         return Accuracy(top1=top1 / visited.images, top5=top5 / visited.images, visited=visited)
 
     def write(self, result: Accuracy, run_folder: RunFolder) -> None:

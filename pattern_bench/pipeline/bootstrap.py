@@ -37,7 +37,7 @@ def bootstrap(
     settings = setup.cfg.bootstrap
     rows: list[dict[str, Any]] = []
     bar.start(settings.resamples * len(setup.layers))
-    for layer in setup.layers if collectives.first() else ():
+    for layer in setup.layers if collectives.is_rank_zero() else ():
         chunks = {"fit": fit.pieces(layer), "probe": probe.pieces(layer), "validation": test.pieces(layer)}
         for resample in range(settings.resamples):
             # The same draws for every layer.

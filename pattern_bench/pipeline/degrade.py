@@ -129,14 +129,14 @@ def degrade(
     # The same for every method, so that a sweep takes it once.
     shared = {"version": BASELINE_VERSION, "model": setup.model_key, "images": split.fingerprint, **replaced}
     shared |= machine.rounding
-    key = key_of(**shared, seed=setup.cfg.seed, batch_size=setup.source.batch_size, processes=collectives.size())
-    with machine.cache.lock("baselines", key) if collectives.first() else nullcontext():
+    key = key_of(**shared, seed=setup.cfg.seed, batch_size=setup.source.batch_size, processes=collectives.world_size())
+    with machine.cache.lock("baselines", key) if collectives.is_rank_zero() else nullcontext():
         baseline = _kept_baseline(machine, key, len(curves[method.name]))
         if baseline is None:
             none = stream({}, baseline=True)
             rows, _ = collect_rows(setup, machine, none, split, "baseline", {}, bar, None, **replaced)
             baseline = rows[RANDOM_ORDER].double()
-            if collectives.first():
+            if collectives.is_rank_zero():
                 machine.cache.save("baselines", key, {RANDOM_ORDER: baseline}, setup.names)
     curves[RANDOM_ORDER] = baseline
     unreadable = set(visited.unreadable)
@@ -147,12 +147,12 @@ def degrade(
 def _kept_baseline(machine: Machine, key: str, images: int) -> Tensor | None:
     """The random order's curves (images, steps + 1) where an earlier job left those of as many images in the cache, in
     every process."""
-    entry = machine.cache.load("baselines", key) if collectives.first() else None
+    entry = machine.cache.load("baselines", key) if collectives.is_rank_zero() else None
     rows = None if entry is None or len(entry[0][RANDOM_ORDER]) != images else entry[0][RANDOM_ORDER]
-    shape = collectives.text_from_any("" if rows is None else json.dumps(list(rows.shape)))
+    shape = collectives.broadcast_text("" if rows is None else json.dumps(list(rows.shape)))
     if not shape:
         return None
-    return collectives.from_first(torch.zeros(json.loads(shape), dtype=torch.float64) if rows is None else rows)
+    return collectives.broadcast(torch.zeros(json.loads(shape), dtype=torch.float64) if rows is None else rows)
 
 
 def area_intervals(setup: Setup, areas: Mapping[str, Tensor]) -> dict[str, list[float]]:

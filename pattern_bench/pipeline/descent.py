@@ -113,7 +113,7 @@ def _module(setup: Setup, device: torch.device, patterns: Mapping[str, Pattern])
     setup.model.to(device)
     images = len(setup.splits["probe"])
     batches = GlobalBatches(
-        images, setup.source.batch_size, setup.cfg.seed, collectives.rank(), collectives.size(), most=ROUND
+        images, setup.source.batch_size, setup.cfg.seed, collectives.rank(), collectives.world_size(), most=ROUND
     )
     return ReaderDescent(setup.model, readers, cfg.learning_rate, cfg.steps, batches)
 
@@ -202,7 +202,7 @@ def _calibrate(setup: Setup, machine: Machine, module: ReaderDescent) -> None:
 
 def _everywhere(fine: bool) -> bool:
     """Whether it is so in every process."""
-    return int(collectives.total(torch.tensor(int(fine)))) == collectives.size()
+    return int(collectives.all_reduce(torch.tensor(int(fine)))) == collectives.world_size()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ def measure_readers(
     visited = stream_over(machine, setup.source, stream, split, state, bar)
     tables = []
     for layer, correlation in stream.watchers.items():
-        correlation.restore({"sums": collectives.total(correlation.sums)})
+        correlation.restore({"sums": collectives.all_reduce(correlation.sums)})
         tables.append(layer_rows(setup, layer, correlation.rho(), patterns[layer].dead, "sgd"))
     return pd.concat(tables, ignore_index=True), visited
 

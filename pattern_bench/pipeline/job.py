@@ -43,7 +43,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
     """
     with joined(cfg.trainer):
         progress = StageProgress(cfg.quiet)
-        folder = Path(collectives.text_from_any(str(folder) if collectives.first() else ""))
+        folder = Path(collectives.broadcast_text(str(folder) if collectives.is_rank_zero() else ""))
         if is_complete(cfg, folder, SUMMARY):
             progress.say(f"this run is complete: remove {folder / SUMMARY} to do it again")
             return
@@ -124,7 +124,7 @@ def summary(setup: Setup, done: Done, progress: StageProgress) -> Mapping[str, A
         "layer": layer_setting(setup.cfg),
         "positions": setup.cfg.moments.positions,
         "seed": setup.cfg.seed,
-        "processes": collectives.size(),
+        "processes": collectives.world_size(),
         "splits": {name: len(setup.splits[name]) for name in SPLITS},
         "unreadable": sorted(done.unreadable),
         **rho.how,

@@ -170,7 +170,7 @@ def _collect_piece(
     if setup.cfg.moments.positions < 1:
         shared |= {"positions": setup.cfg.moments.positions, "seed": setup.cfg.seed}
     keys = {layer: key_of(**{**shared, **sums.key}, layer=layer) for layer in setup.layers}
-    with cache.lock("moments", key_of(**shared)) if collectives.first() else nullcontext():
+    with cache.lock("moments", key_of(**shared)) if collectives.is_rank_zero() else nullcontext():
         missing, visited = _missing(cache, sums, keys)
         if not missing:
             bar.add_images(len(piece), len(piece))
@@ -184,14 +184,14 @@ def _collect_piece(
             # Added up, stored and released one by one: a layer's Gram matrix can have gigabytes.
             tensors = stream.watchers.pop(layer).moments().tensors()
             for name in list(tensors):
-                tensors[name] = collectives.total_in_first(tensors[name])
-            if collectives.first():
+                tensors[name] = collectives.reduce(tensors[name])
+            if collectives.is_rank_zero():
                 moments = sums.read(tensors).to("cpu")
                 if not cache.save("moments", keys[layer], moments.tensors(), {**metadata, "layer": layer}):
                     found[layer] = moments
                 del moments
             del tensors
-        collectives.wait()  # what is removed next is not needed any more
+        collectives.barrier()  # what is removed next is not needed any more
         if cache.writable:
             state.remove()
         return found, visited
@@ -201,15 +201,15 @@ def _missing(cache: Cache, sums: Sums[M], keys: Mapping[str, str]) -> tuple[list
     """The layers whose moments are not in the cache, as the first process sees it; and what those there visited."""
     gone = torch.zeros(len(keys), dtype=torch.int64)
     about: dict[str, str] = {}
-    if collectives.first():
+    if collectives.is_rank_zero():
         for number, key in enumerate(keys.values()):
             entry = cache.load("moments", key, sums.read)
             gone[number] = entry is None
             about = entry[1] if entry is not None else about
-    missing = [layer for layer, is_gone in zip(keys, collectives.from_first(gone).tolist(), strict=True) if is_gone]
+    missing = [layer for layer, is_gone in zip(keys, collectives.broadcast(gone).tolist(), strict=True) if is_gone]
     if missing:
         return missing, Visited()
-    about = json.loads(collectives.text_from_any(json.dumps(about) if about else ""))
+    about = json.loads(collectives.broadcast_text(json.dumps(about) if about else ""))
     return missing, Visited(int(about["images"]), tuple(json.loads(about["unreadable"])))
 
 

@@ -36,10 +36,10 @@ def fit_patterns(setup: Setup, moments: Mapping[str, Moments]) -> dict[str, Patt
         weight = setup.weight(layer)
         dead = torch.zeros(len(weight), dtype=torch.uint8)
         parts = [weight.clone(), weight.clone(), dead]
-        if collectives.first():
+        if collectives.is_rank_zero():
             fitted = fit_pattern(setup, layer, moments[layer])
             parts = [fitted.positive, fitted.negative, fitted.dead.to(torch.uint8)]
-        positive, negative, dead = (collectives.from_first(part) for part in parts)
+        positive, negative, dead = (collectives.broadcast(part) for part in parts)
         patterns[layer] = Pattern(positive, negative, dead.bool())
     return patterns
 

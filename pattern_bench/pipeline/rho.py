@@ -66,7 +66,7 @@ def closed_form(
     """ρ of every neuron, under ``positive`` of the measured ones, and the regularisation that each layer needed; in
     the first process, where moments are."""
     tables, regularisation = [], {}
-    if not collectives.first():
+    if not collectives.is_rank_zero():
         return pd.DataFrame(columns=list(RHO_COLUMNS)), {}
     bar.start(len(patterns))
     for layer, pattern in patterns.items():

@@ -59,7 +59,7 @@ class SummariseRho(Stage[Rho]):
             tables.append(done[DescentRho].table)
             how["descent"] = dict(done[FittedReaders].descent)
         table = pd.concat(tables, ignore_index=True)
-        if len(tables) == 2 and collectives.first():
+        if len(tables) == 2 and collectives.is_rank_zero():
             how["probe_difference"] = difference(table)
         bootstrap = done[Bootstrap].table if Bootstrap in done else pd.DataFrame()
         first = table[table.probe == probes(self.setup)[0]]

@@ -56,13 +56,13 @@ def collect_rows(
 
 def _joined(stream: RowStream) -> dict[str, Tensor]:
     """The rows of all processes; those of images that none could read are left out."""
-    known = collectives.total(stream.known.to(torch.int32)).bool()
+    known = collectives.all_reduce(stream.known.to(torch.int32)).bool()
     # A process without images knows neither names nor shapes: it learns them from one that does.
     described = {name: [str(rows.dtype).removeprefix("torch."), list(rows.shape)] for name, rows in stream.rows.items()}
-    described = json.loads(collectives.text_from_any(json.dumps(described) if described else "") or "{}")
+    described = json.loads(collectives.broadcast_text(json.dumps(described) if described else "") or "{}")
     joined = {}
     for name, (kind, shape) in described.items():
         mine = stream.rows.get(name)
         rows = torch.zeros(shape, dtype=getattr(torch, kind)) if mine is None else mine
-        joined[name] = collectives.total(rows)[known]
+        joined[name] = collectives.all_reduce(rows)[known]
     return joined

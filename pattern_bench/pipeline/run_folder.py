@@ -101,7 +101,7 @@ class RunFolder:
         """
         ended = datetime.now(UTC).isoformat(timespec="seconds")
         whole = {"run_id": self.run_id, "ended": ended, **summary}
-        collectives.wait()
+        collectives.barrier()
         if self.tracker is None:
             return whole
         hidden = self.folder / f".{name}"
@@ -129,7 +129,7 @@ def begin(cfg: DictConfig, folder: Path, mark: str) -> tuple[dict[str, Any], str
         UserError: where the folder cannot be written, or the logger is none.
     """
     run_id = ""
-    if collectives.first():
+    if collectives.is_rank_zero():
         check(cfg.logger)
         try:
             (folder / mark).unlink(missing_ok=True)
@@ -162,7 +162,7 @@ def tracked(
 ) -> Iterator[RunFolder]:
     """Within, the folder of a run that was begun, with its tracker in the first process."""
     config, run_id = begun
-    if not collectives.first():
+    if not collectives.is_rank_zero():
         yield RunFolder(folder, None, run_id)
         return
     with track(cfg.logger, folder, run_id, job, names, config) as tracker:
@@ -172,10 +172,10 @@ def tracked(
 def is_complete(cfg: DictConfig, folder: Path, mark: str) -> bool:
     """Whether the folder holds the whole of this very run, by the same versions."""
     complete = False
-    if collectives.first():
+    if collectives.is_rank_zero():
         try:
             done, then = read_json(folder / mark), read_yaml(folder / CONFIG)
             complete = then == OmegaConf.to_container(cfg, resolve=True) and done.get("versions") == versions()
         except UNREADABLE:
             complete = False
-    return collectives.text_from_any("yes" if complete else "") == "yes"
+    return collectives.broadcast_text("yes" if complete else "") == "yes"

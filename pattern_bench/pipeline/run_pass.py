@@ -33,8 +33,8 @@ class Visited:
         """What the processes have ``seen`` of a split together."""
         left_out = torch.zeros(len(split), dtype=torch.int32)
         left_out[torch.tensor(seen.unreadable, dtype=torch.int64)] = 1
-        names = [split.name(position) for position in collectives.total(left_out).nonzero().flatten().tolist()]
-        return cls(int(collectives.total(torch.tensor(seen.images))), tuple(names))
+        names = [split.name(position) for position in collectives.all_reduce(left_out).nonzero().flatten().tolist()]
+        return cls(int(collectives.all_reduce(torch.tensor(seen.images))), tuple(names))
 
 
 class _KeepState(pl.Callback):
@@ -82,7 +82,7 @@ def stream_over(
         UserError: where the device's memory is too small for the stream, or for a single image.
     """
     batch_size = batch_size or source.batch_size
-    positions = split.share(batch_size, collectives.rank(), collectives.size())
+    positions = split.share(batch_size, collectives.rank(), collectives.world_size())
     done = 0
     if (kept := state.load()) is not None:
         tensors, done = kept

@@ -70,11 +70,11 @@ def train(
     Raises:
         UserError: where the memory is too small, or the loss is NaN or infinite.
     """
-    if collectives.first():
+    if collectives.is_rank_zero():
         _train_here(model, model_source, source, splits, settings, seed, machine, bar)
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            tensor.copy_(collectives.from_first(tensor))
+            tensor.copy_(collectives.broadcast(tensor))
 
 
 def _train_here(

@@ -126,7 +126,7 @@ class _Watch:
 
     def _lost(self, how: str) -> NoReturn:
         """Report the processes that were lost, and end this one."""
-        speaks = collectives.first() or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+        speaks = collectives.is_rank_zero() or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
         # A launcher that has lost its own connection ends this process meanwhile.
         signals.last_acts.add(lambda: self._tell(how) if speaks else None)
         until = time.monotonic() + SECONDS_FOR_OTHERS
@@ -153,7 +153,7 @@ class _Watch:
             nodes.setdefault(self.peers[number].node, []).append(str(number))
         lost = " and ".join(f"process {', '.join(numbers)} on {node}" for node, numbers in nodes.items())
         return (
-            f"lost {lost}, of {collectives.size()} processes: {how}. What was kept is there: "
+            f"lost {lost}, of {collectives.world_size()} processes: {how}. What was kept is there: "
             "start again with resume=DIR"
         )
 
@@ -172,20 +172,20 @@ class _Watch:
 
 def _connected(patience: float) -> dict[int, _Peer]:
     """The first process in all others; and all others in the first."""
-    if collectives.first():
+    if collectives.is_rank_zero():
         server = socket.create_server(("", 0))
         server.settimeout(patience)
-    place = collectives.text_from_any(
-        f"{_own_address()} {server.getsockname()[1]} {_name()}" if collectives.first() else ""
+    place = collectives.broadcast_text(
+        f"{_own_address()} {server.getsockname()[1]} {_name()}" if collectives.is_rank_zero() else ""
     )
     host, port, name = place.split(" ", 2)
     found: dict[int, _Peer] = {}
     try:
-        if not collectives.first():
+        if not collectives.is_rank_zero():
             link = socket.create_connection((host, int(port)), patience)
             link.sendall(f"{collectives.rank()} {_name()}\n".encode())
             found[0] = _Peer(link, name)
-        while collectives.first() and len(found) < collectives.size() - 1:
+        while collectives.is_rank_zero() and len(found) < collectives.world_size() - 1:
             link, _ = server.accept()
             link.settimeout(patience)
             with link.makefile("rb", buffering=0) as lines:
@@ -198,7 +198,7 @@ def _connected(patience: float) -> dict[int, _Peer]:
         ) from error
     for peer in found.values():
         peer.link.setblocking(False)
-    if collectives.first():
+    if collectives.is_rank_zero():
         server.close()
     return found
 

@@ -58,7 +58,7 @@ class Partial:
     """
 
     def __init__(self, folder: Path, stage: str, key: str, seconds: float) -> None:
-        self.path = folder / PARTIAL / f"{stage}-{collectives.rank()}-of-{collectives.size()}.safetensors"
+        self.path = folder / PARTIAL / f"{stage}-{collectives.rank()}-of-{collectives.world_size()}.safetensors"
         self.key, self.seconds = key, seconds
         self.cost: float | None = None
         self.last = time.monotonic()

@@ -21,7 +21,11 @@ def by_kind() -> dict[str, type[Tracker]]:
     """
     for module in pkgutil.iter_modules(tracking.__path__, f"{tracking.__name__}."):
         importlib.import_module(module.name)
-    own = {tracker.kind: tracker for tracker in _below(Tracker) if "kind" in vars(tracker)}
+    own = {
+        tracker.kind: tracker
+        for tracker in _below(Tracker)
+        if "kind" in vars(tracker) and tracker.__module__.startswith(f"{tracking.__name__}.")
+    }
     return {kind: own[kind] for kind in sorted(own)} | {Tracker.kind: Tracker}
 
 
