@@ -1,6 +1,6 @@
 """The ``trainer`` settings: the suite's own, and which of Lightning's arguments may be given besides.
 
-``tests/unit/configuration/test_trainer_arguments.py`` fails where an argument of Lightning's Trainer is in none of these.
+``tests/unit/configuration/test_trainer_arguments.py`` fails where an argument of Lightning has no place here.
 Imports no torch.
 """
 
