@@ -51,7 +51,6 @@ class Estimator:
 
     To add one, write a class here or in a new module of ``pattern_bench/core``, with the attributes below and ``fit``,
     and a file ``conf/estimator/NAME.yaml`` that names it. Tables, figures and the Python interface find it by itself.
-    The attributes are plain values, one a line, since the report reads them without importing torch.
     ``tests/unit/test_lists.py`` fails until the settings files that list estimators have it too, and says which.
 
     >>> class Ones(Estimator):

@@ -27,8 +27,7 @@ class Method:
     (Kindermans et al. 2018, section 3): ``function`` (how the output reacts), ``signal`` (what in the input the
     network detected) or ``attribution`` (how much each input value contributed).
 
-    A new method is a class with the attributes below and ``_attribute``, and a YAML file (``methods/README.md``). The
-    attributes are plain values, one a line, since the report reads them without importing torch.
+    A new method is a class with the attributes below and ``_attribute``, and a YAML file (``methods/README.md``).
 
     >>> class Sensitivity(Method):
     ...     name = "sensitivity"
