@@ -22,9 +22,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from pattern_bench.core import estimators
 from pattern_bench.plotting.styles import curve_label, curve_styles, estimator_colours, legible
-from pattern_bench.results.labels import formula, method_place, ordered, plain
+from pattern_bench.results.labels import estimators, formula, method_place, ordered, plain
 from pattern_bench.results.schema import of_same_neurons, standard_errors
 from pattern_bench.storage.atomic import write_file
 
@@ -40,8 +39,6 @@ MOST_BANDS = 8
 """More bands than these hide the curves."""
 HEAT = "seismic"
 RHO = r"$\rho(S)$"
-_LABELS = [facts.math_label for facts in estimators.by_name().values()]
-_FORMULAS = re.compile("(" + "|".join(re.escape(text) for text in [*_LABELS, RHO] if "$" in text) + ")")
 MOST_LETTERS = 160
 """Of a line of text: more would make the figure wider than what it shows."""
 P = ParamSpec("P")
@@ -66,9 +63,11 @@ def suffixes() -> list[str]:
 
 
 def _save(figure: Figure, path: Path, dpi: int = DPI) -> None:
+    labels = [RHO, *(kind.math_label for kind in estimators().values())]
+    formulas = re.compile("(" + "|".join(re.escape(text) for text in labels if "$" in text) + ")")
     for text in figure.findobj(Text):
         said = "\n".join(_shortened(line) for line in text.get_text().split("\n"))
-        parts = _FORMULAS.split(said)
+        parts = formulas.split(said)
         if len(parts) > 1:  # every second one is a formula
             said = "".join(part if place % 2 else part.replace("$", r"\$") for place, part in enumerate(parts))
             text.set_parse_math(True)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import seaborn as sns
 
 from pattern_bench import methods
-from pattern_bench.core import estimators
-from pattern_bench.results.labels import RANDOM_ORDER, method_place, ordered, plain
+from pattern_bench.results.labels import RANDOM_ORDER, estimators, method_place, ordered, plain
 
 _SEABORN = ("blue", "orange", "green", "vermilion", "purple", "brown", "pink", "silver", "yellow", "sky")
 COLOURS = dict(zip(_SEABORN, sns.color_palette("colorblind").as_hex(), strict=True))
@@ -75,7 +74,7 @@ def estimator_colours(names: Iterable[str]) -> dict[str, str]:
     >>> estimator_colours(["mine"])["a"] == COLOURS["vermilion"]
     True
     """
-    chosen = {name: COLOURS[facts.colour] for name, facts in estimators.by_name().items() if facts.colour}
+    chosen = {name: COLOURS[facts.colour] for name, facts in estimators().items() if facts.colour}
     others = sorted(set(names) - {*chosen, "none"})
     free = {name: PALETTE[(_FIRST_FREE + i) % len(PALETTE)] for i, name in enumerate(others)}
     return {**chosen, "none": GREY, **free}

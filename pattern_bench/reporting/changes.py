@@ -12,11 +12,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from pattern_bench.core import estimators
 from pattern_bench.reporting.gathering import CELL, CURVE, PANEL, ROUNDING, Cell, Gathered
 from pattern_bench.reporting.runs import Run
 from pattern_bench.reporting.tables import area_intervals, areas
-from pattern_bench.results.labels import RANDOM_ORDER, ordered
+from pattern_bench.results.labels import RANDOM_ORDER, estimators, ordered
 from pattern_bench.results.schema import LAYER, of_same_neurons
 
 RESAMPLES = 2000
@@ -60,7 +59,7 @@ class Change:
         """Return how B stands to A: a change is clear where the whole interval, and more than rounding, speaks for."""
         if self.note:
             return self.note
-        estimator = estimators.by_name().get(self.names.get("estimator", ""))
+        estimator = estimators().get(self.names.get("estimator", ""))
         if (estimator and estimator.baseline) or self.names.get("method", "").startswith(RANDOM_ORDER):
             return BASELINE
         if abs(self.b - self.a) <= ROUNDING * max(abs(self.a), abs(self.b)) + 1e-6:

@@ -12,9 +12,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pattern_bench.core import estimators
 from pattern_bench.plotting.styles import GREY, PALETTE, legible
 from pattern_bench.reporting.plots import Plot
+from pattern_bench.results.labels import estimators
 from pattern_bench.storage.atomic import write_file
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -76,7 +76,7 @@ def _colour(colour: str) -> str:
 def _estimator(name: str) -> str:
     """Return a name that begins with an estimator's as the paper writes it, with a subscript."""
     first, comma, rest = name.partition(", ")
-    labels = {known: facts.label for known, facts in estimators.by_name().items()}
+    labels = {known: facts.label for known, facts in estimators().items()}
     short = labels.get(first, first)
     if short not in labels.values():
         return name

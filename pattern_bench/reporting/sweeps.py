@@ -21,9 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pattern_bench import methods
 from pattern_bench.configuration.location import CONF
 from pattern_bench.configuration.resumed_overrides import is_override, may_be_taken, quoted, shell_command
-from pattern_bench.core import estimators
 from pattern_bench.errors import UserError
 from pattern_bench.results.complete_run import COMMANDS
+from pattern_bench.results.labels import estimators
 from pattern_bench.storage.untrusted import UNREADABLE, read_yaml
 
 MOST_JOBS = 100_000
@@ -176,7 +176,7 @@ def expected_names(overrides: Sequence[str]) -> Names | None:
 
 
 def _curve(cfg: Any, estimator: str, method: str, layers: list[str]) -> tuple[str, str] | None:
-    facts, fitted = methods.by_name().get(method), estimators.by_name().get(estimator)
+    facts, fitted = methods.by_name().get(method), estimators().get(estimator)
     who = "none"
     if facts and facts.needs_patterns:
         if layers != ["all"]:

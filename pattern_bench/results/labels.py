@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from pattern_bench import methods
-from pattern_bench.core import estimators
+
+if TYPE_CHECKING:
+    from pattern_bench.core.estimators import Estimator
 
 RANDOM_ORDER = "random_order"
 """The baseline of degradation curves, which no method makes."""
+
+
+def estimators() -> dict[str, type[Estimator]]:
+    """Return every estimator of the suite by its name; torch is imported when this is first called, and not before,
+    so that the report's command starts without it.
+
+    >>> estimators()["a"].label
+    'S_a'
+    """
+    from pattern_bench.core.estimators import by_name
+
+    return by_name()
 
 
 def plain(name: str) -> str:
@@ -18,7 +33,7 @@ def plain(name: str) -> str:
     ('S_a+-', 'LRP z-rule, constant 0', 'mine')
     """
     first, *rest = name.split(",")
-    facts = estimators.by_name().get(first) or methods.by_name().get(first)
+    facts = estimators().get(first) or methods.by_name().get(first)
     label = "random order" if first == RANDOM_ORDER else facts.label if facts else first
     return ",".join([label, *rest])
 
@@ -29,7 +44,7 @@ def formula(estimator: str) -> str:
     >>> formula("a_plus_minus"), formula("random"), formula("mine")
     ('$S_{a+-}$', 'random', 'mine')
     """
-    facts = estimators.by_name().get(estimator)
+    facts = estimators().get(estimator)
     return facts.math_label if facts else estimator
 
 
@@ -39,7 +54,7 @@ def ordered(names: Iterable[str]) -> list[str]:
     >>> ordered(["mine", "a", "x", "a"])
     ['x', 'a', 'mine']
     """
-    known = estimators.by_name()
+    known = estimators()
     return sorted(set(names), key=lambda name: (known[name].place if name in known else 99, name))
 
 
