@@ -28,10 +28,12 @@ def photographs(folder: Path) -> Path:
 
 
 def keep_small(picture: Path, copy: Path, width: int = 1600) -> None:
-    """A copy of a picture, at most so many pixels wide, as JPEG or PNG by its name."""
+    """A copy of a picture, at most so many pixels wide, as JPEG or as PNG of 256 colours, by its name."""
     with Image.open(picture) as image:
         small = image.convert("RGB")
     small.thumbnail((width, 100 * width), Image.Resampling.LANCZOS)
+    if copy.suffix == ".png":
+        small = small.quantize(256, dither=Image.Dither.NONE)
     small.save(copy, quality=88, optimize=True)
 
 

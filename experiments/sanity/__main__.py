@@ -13,6 +13,7 @@ import pandas as pd
 from experiments.jobs import DIGITS, SQUEEZENET, arguments, given, settings, sweep
 from experiments.pages import beside_others, markdown, with_error, write_block
 from experiments.pictures import keep_small
+from pattern_bench.methods import by_name
 from pattern_bench.results.labels import plain
 from pattern_bench.results.schema import write_csv
 
@@ -66,16 +67,16 @@ def convergence(table: pd.DataFrame) -> str:
 
 
 def by_method(rows: pd.DataFrame, columns: dict[str, pd.Series]) -> str:
-    """A row for each method, those that change most first, with mean ± standard deviation over images, and the number
-    of images behind them."""
-    last = rows[list(columns.values())[-1]].set_index("method")["mean"]
+    """A row for each method, in the suite's order, with mean ± standard deviation over images, and the number of images
+    behind them."""
     lines = []
-    for method in last.sort_values(kind="stable").index:
+    for method in (name for name in by_name() if (rows.method == name).any()):
         cells = {title: rows[chosen & (rows.method == method)].iloc[0] for title, chosen in columns.items()}
         images = sorted({int(cell["n"]) for cell in cells.values()})
         lines.append(
             {"method": plain(method)}
-            | {title: with_error(cell["mean"], cell["std"]) for title, cell in cells.items()}
+            # No -0.00.
+            | {title: with_error(round(cell["mean"], 2) + 0.0, cell["std"]) for title, cell in cells.items()}
             | {"images": " to ".join(str(n) for n in dict.fromkeys((images[0], images[-1])))}
         )
     return markdown(pd.DataFrame(lines))

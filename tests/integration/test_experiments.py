@@ -65,6 +65,8 @@ def test_the_pictures_that_may_be_shown_are_there_and_small(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == sorted(pictures.PHOTOGRAPHS)
     pictures.keep_small(folder / "china.jpg", tmp_path / "small.jpg", width=100)
     assert Image.open(tmp_path / "small.jpg").size[0] == 100
+    pictures.keep_small(folder / "china.jpg", tmp_path / "small.png", width=100)
+    assert Image.open(tmp_path / "small.png").mode == "P"
 
 
 EXPERIMENTS = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/__main__.py"))
