@@ -29,12 +29,12 @@ from pattern_bench.pipeline.setup import Setup
 from pattern_bench.pipeline.stage import Done, Result, Stage
 from pattern_bench.plotting.figures import draw_degradation
 from pattern_bench.processes import collectives
+from pattern_bench.results.labels import RANDOM_ORDER
 from pattern_bench.results.schema import AREA_COLUMNS, DEGRADATION_COLUMNS, area_rows, degradation_rows
 from pattern_bench.storage.cache import key_of
 
 BASELINE_VERSION = 1
 """Of how images are degraded; curves of another are taken again."""
-RANDOM_ORDER = "random_order"
 
 
 def patch_and_steps(setup: Setup) -> tuple[int, int]:
