@@ -26,10 +26,20 @@ def classes_by_name(base: type[T], package: str) -> dict[str, type[T]]:
     >>> list(classes_by_name(Estimator, "pattern_bench.core"))
     ['random', 'x', 'w', 'a', 'a_plus_minus']
     """
+    own = [kind for kind in subclasses_in(base, package) if "name" in vars(kind)]
+    return {kind.name: kind for kind in sorted(own, key=lambda kind: (kind.place, kind.name))}
+
+
+def subclasses_in(base: type[T], package: str) -> list[Any]:
+    """Import every module that lies in a package, and list the subclasses of ``base`` that these define.
+
+    >>> from pattern_bench.core.estimators import Estimator, Linear
+    >>> Linear in subclasses_in(Estimator, "pattern_bench.core")
+    True
+    """
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
         importlib.import_module(module.name)
-    own = [kind for kind in _below(base) if "name" in vars(kind) and _stands_in(package, kind)]
-    return {kind.name: kind for kind in sorted(own, key=lambda kind: (kind.place, kind.name))}
+    return [kind for kind in _below(base) if _stands_in(package, kind)]
 
 
 def _stands_in(package: str, kind: type) -> bool:

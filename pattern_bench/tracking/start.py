@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pattern_bench import tracking
+from pattern_bench.core.registry import subclasses_in
 from pattern_bench.errors import UserError
 from pattern_bench.tracking.base import TrackedRun, Tracker
 
@@ -19,20 +17,8 @@ def by_kind() -> dict[str, type[Tracker]]:
     >>> list(by_kind())
     ['csv', 'tensorboard', 'wandb', 'none']
     """
-    for module in pkgutil.iter_modules(tracking.__path__, f"{tracking.__name__}."):
-        importlib.import_module(module.name)
-    own = {
-        tracker.kind: tracker
-        for tracker in _below(Tracker)
-        if "kind" in vars(tracker) and tracker.__module__.startswith(f"{tracking.__name__}.")
-    }
+    own = {kind.kind: kind for kind in subclasses_in(Tracker, "pattern_bench.tracking") if "kind" in vars(kind)}
     return {kind: own[kind] for kind in sorted(own)} | {Tracker.kind: Tracker}
-
-
-def _below(tracker: type[Tracker]) -> Iterator[type[Tracker]]:
-    for child in tracker.__subclasses__():
-        yield child
-        yield from _below(child)
 
 
 def check(settings: Mapping[str, Any]) -> None:
