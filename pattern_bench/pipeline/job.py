@@ -65,7 +65,7 @@ def run_prepared(setup: Setup, machine: Machine, progress: StageProgress, run_fo
     run_folder.csv("splits.csv", schema.split_table(setup.splits, set(done.unreadable)))
     title = "-".join([*setup.names.values(), setup.estimator.name])
     took = progress.figures()
-    run_folder.metrics({f"{title}/{stage}": value for what, of in took.items() for stage, value in of.items()})
+    run_folder.metrics({f"{what}/{stage}": value for what, of in took.items() for stage, value in of.items()})
     terminal.show(run_folder.end(SUMMARY, summary(setup, done, progress), title), progress.console)
 
 

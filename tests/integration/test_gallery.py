@@ -8,7 +8,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
-from torch import nn
 from torch.nn import functional as F
 
 from pattern_bench.configuration.checks import check_gallery_overrides
@@ -17,12 +16,6 @@ from pattern_bench.errors import UserError
 from pattern_bench.pipeline.gallery import run
 
 SMALL = ["data.limit=300", "model.training.epochs=4"]
-
-
-class Smooth(nn.Sequential):
-    def __init__(self):
-        torch.manual_seed(0)
-        super().__init__(nn.Conv2d(1, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(144, 10))
 
 
 CHEAP = [
@@ -98,7 +91,7 @@ def test_fig4b_has_signal_and_attribution_of_every_estimator(draw):
 
 def test_a_method_that_is_not_for_the_network_is_left_out_with_the_reason(draw):
     _, summary, _ = draw(
-        "images=1", "show=[guided_backprop,gradient]", "model=imported", "model.path=test_gallery.Smooth",
+        "images=1", "show=[guided_backprop,gradient]", "model=imported", "model.path=helpers.small_networks.Smooth",
         "allow_any_target=true",
         small=["data.limit=300"],
     )  # fmt: skip

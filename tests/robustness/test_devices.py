@@ -325,7 +325,7 @@ RECIPES = {
     "known_signal.Known": ("known_signal", lambda *_: ["data.samples=120"]),
     "shards.Shards": ("shards", shard_files),
     "toy.Toy": ("toy", lambda *_: ["data.samples=120"]),
-    "vision.ImageNet": ("imagenet", imagenet_files),
+    "imagenet.ImageNet": ("imagenet", imagenet_files),
 }
 """Each data set's name, and what makes its files and returns the settings of a job on them."""
 
