@@ -104,7 +104,7 @@ def back_propagated(method: Method, layers: list[str], image: Tensor, starts: Te
             rows = [torch.zeros_like(value) if grads[i] is None else grads[i] for grads in passes]
             vectors = torch.cat([row.flatten(1) for row in rows])
             found[name] = vectors * value.flatten(1) if isinstance(method, LrpZ) else vectors
-        return torch.zeros_like(x)
+        return torch.ones_like(x)  # zeros would stand for an output without a pattern, and be sent back another way
 
     own: Any = method
     own._output, own._gradient = output, gradient

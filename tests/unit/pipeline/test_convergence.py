@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from pattern_bench.core.estimators import Pattern
 from pattern_bench.errors import UserError
 from pattern_bench.methods.gradients import Gradient, IntegratedGradients
-from pattern_bench.methods.patterns import DtdW2, LrpZ
+from pattern_bench.methods.patterns import DtdW2, LrpZ, PatternNet
 from pattern_bench.metrics.similarity import convergence
 from pattern_bench.pipeline.convergence import back_propagated, start_vectors
 
@@ -67,3 +68,16 @@ def test_start_vectors():
     assert start_vectors("classes", 3, 10, 0).sum(1).tolist() == [1, 1, 1]
     assert float(convergence(start_vectors("classes", 5, 10, 0))) == 0
     assert torch.equal(start_vectors("gaussian", 3, 10, 0), start_vectors("gaussian", 3, 10, 0))
+
+
+@pytest.mark.parametrize("last_layer", ["positive", "weight"])
+def test_pattern_methods_send_back_what_their_output_layer_propagates(last_layer):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).double().eval()
+    patterns = {name: torch.randn_like(model.get_submodule(name).weight) for name in ("0", "2")}
+    alive = {name: Pattern(a, a, torch.zeros(len(a), dtype=torch.bool)) for name, a in patterns.items()}
+    starts, x = start_vectors("gaussian", 3, 4, 0), torch.randn(1, 6).double()
+    found = back_propagated(PatternNet(model, alive, last_layer=last_layer), ["0", "2"], x, starts)
+    sent = patterns["2"] if last_layer == "positive" else model[2].weight.detach()
+    torch.testing.assert_close(found["2"], starts @ sent)
+    torch.testing.assert_close(found["0"], (starts @ sent * (model[0](x) > 0)) @ patterns["0"])
