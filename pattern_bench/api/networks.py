@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from pattern_bench.core.batch_independence import refuse_batch_dependence
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.half_precision import images_for, is_wide, own_precision
 from pattern_bench.core.memory import is_out_of_memory
@@ -142,7 +143,7 @@ def answers(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
 
     Raises:
         UserError: where it cannot take the images, or has no row of logits for each; naming a layer, where images or
-            outputs are NaN or infinite.
+            outputs are NaN or infinite; where the logits for an image are random or depend on the other images.
     """
     where = f"the batch of images 0 to {len(images) - 1}"
     refuse_without_weights(model)
@@ -159,6 +160,7 @@ def answers(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
                 )
             if (layer := first_broken_layer(network, images.clone(), logits)) is not None:
                 raise not_finite(layer, where)
+            refuse_batch_dependence(network, images, type(model).__name__)
         except REFUSALS as error:
             if isinstance(error, UserError) or is_out_of_memory(error):
                 raise

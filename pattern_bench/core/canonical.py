@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pattern_bench.core.agreement import CLOSE, agree
+from pattern_bench.core.batch_independence import refuse_batch_dependence_once
 from pattern_bench.core.batch_norm import activation_of, foldable, is_fold
 from pattern_bench.core.copies import plain_copy, with_replaced
 from pattern_bench.core.half_precision import images_for, widen_
@@ -45,8 +46,8 @@ def canonical(model: nn.Module, example: Tensor) -> nn.Module:
     Raises:
         UserError: where the network is in training mode, or lacks weights; where it puts out several tensors, or
             probabilities that no softmax of its own made; where a layer does more than its declared convolution, where
-            learned weights are multiplied with outside of Conv and Linear modules, or where the copy computes other
-            outputs.
+            learned weights are multiplied with outside of Conv and Linear modules, where the copy computes other
+            outputs, or where the outputs for an image depend on the other images in its batch.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Softmax(1)).eval()
     >>> network = canonical(model, torch.ones(1, 1, 1, 1))  # Logits: what goes into the softmax
@@ -78,6 +79,7 @@ def canonical(model: nn.Module, example: Tensor) -> nn.Module:
             "norm is folded: fold it into its layers before handing the network over, or take randomness out of its "
             "evaluation mode"
         )
+    refuse_batch_dependence_once(network, network, example, name)
     return network
 
 

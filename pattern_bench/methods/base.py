@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from pattern_bench.core.batch_independence import refuse_batch_dependence_once
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.half_precision import images_for, own_precision, wide, widened
 from pattern_bench.core.memory import is_out_of_memory
-from pattern_bench.core.network import in_training
+from pattern_bench.core.network import in_training, refuse_without_weights
 from pattern_bench.core.predictions import target_outputs, target_per_image
 from pattern_bench.core.rounding import float32_products
 from pattern_bench.core.tensor_checks import unusable
@@ -118,14 +119,16 @@ class Method:
             otherwise float32.
 
         Raises:
-            UserError: where the network is in training mode, or cannot take the inputs; where these hold a NaN or
-                an infinite value; where the target is out of range; where the result is not finite.
+            UserError: where the network is in training mode, or cannot take the inputs; where its output for an image
+                is random or depends on the other images; where the inputs hold a NaN or an infinite value; where the
+                target is out of range; where the result is not finite.
         """
         self._check_model()
         self._check_inputs(inputs)
         with float32_products(), own_precision(inputs.device), torch.enable_grad():
             method = self._on(widened(self.model))
             x = images_for(method.model, inputs.detach().clone())
+            refuse_batch_dependence_once(self.model, method.model, x, type(self.model).__name__)
             result = method._attribute(x, self._classes(inputs, target)).detach()
         if not result.isfinite().all():
             raise UserError(
@@ -205,6 +208,7 @@ class Method:
     # --- checks ---
 
     def _check_model(self) -> None:
+        refuse_without_weights(self.model)
         if where := in_training(self.model):
             raise UserError(
                 f"{self.name}: {type(self.model).__name__} is in training mode (module {where}): call "

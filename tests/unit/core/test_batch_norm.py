@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pattern_bench.core import canonical as module
+from pattern_bench.core.batch_norm import foldable
 from pattern_bench.core.canonical import canonical
 from pattern_bench.errors import UserError
 
@@ -78,3 +79,8 @@ def test_randomness_is_no_rounding():
     net, x = deep()
     with pytest.raises(UserError, match="take randomness out"):
         canonical(Noisy(*net).eval(), x)
+
+
+def test_a_batch_norm_of_the_batch_cannot_be_folded():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, track_running_stats=False)).eval()
+    assert foldable(model, torch.randn(2, 1, 3, 3), "mine") == []

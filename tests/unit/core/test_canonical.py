@@ -267,10 +267,6 @@ KEPT = {
         lambda net, x: net.norm(net.fc(x.flatten(2))),
         lambda: {"fc": nn.Linear(36, 4), "norm": nn.BatchNorm1d(4)},
     ),
-    "of the batch": (
-        lambda net, x: net.norm(net.conv(x))[:, :, :1],
-        lambda: {"conv": conv(), "norm": nn.BatchNorm2d(4, track_running_stats=False)},
-    ),
 }  # fmt: skip
 
 
@@ -354,6 +350,11 @@ REFUSED = {
     "without gradient": (
         lambda net, x: torch.from_numpy(net.conv(x).numpy()), lambda: {"conv": conv()},
         r"model=Net cannot be run with gradients \(Can't call numpy.*\), which explanations need",
+    ),
+    "batch norm of the batch": (
+        lambda net, x: net.norm(net.conv(x))[:, :, :1],
+        lambda: {"conv": conv(), "norm": nn.BatchNorm2d(4, track_running_stats=False)},
+        r"model=Net puts out something else for an image where other images are in its batch",
     ),
     "random": (
         lambda net, x: F.dropout(net.conv(x), training=True), lambda: {"conv": conv()},
