@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from pattern_bench.api.arguments import check_patterns, number, whole
 from pattern_bench.api.moments import LayerMoments, check_moments, check_moments_given
 from pattern_bench.api.networks import canonical_form, in_own_precision
-from pattern_bench.api.patterns import Patterns
-from pattern_bench.core import weight_digests
+from pattern_bench.api.patterns import Patterns, changed
 from pattern_bench.core.estimators import Pattern
 from pattern_bench.core.moments import MEMORY
-from pattern_bench.core.probe_closed_form import CLOSED_FORM, Probe, Target, rho
+from pattern_bench.core.probe_closed_form import CLOSED_FORM, MOST_REGULARISATION, Probe, Target, rho
 from pattern_bench.core.rounding import float32_products
 from pattern_bench.errors import UserError, told
 
@@ -53,7 +52,7 @@ def evaluate(
         probe: moments with Gram matrices, of the images that v is fitted on.
         test: the same, of other images, that ρ is measured on.
         criterion: ``all`` or ``rectified``.
-        regularisation: λ as a multiple of Σ's mean diagonal.
+        regularisation: λ as a multiple of Σ's mean diagonal, up to 10,000.
         memory: bytes for temporaries.
 
     Returns:
@@ -66,7 +65,7 @@ def evaluate(
     if not isinstance(criterion, str) or criterion not in CLOSED_FORM:
         shown = told(criterion, quoted=False)
         raise UserError(f"criterion={shown} is not measured here: give one of {', '.join(CLOSED_FORM)}")
-    regularisation = number("regularisation", regularisation, 0)
+    regularisation = number("regularisation", regularisation, 0, MOST_REGULARISATION)
     memory = whole("memory", memory, 1)
     check_moments_given("probe", probe)
     check_moments_given("test", test)
@@ -75,8 +74,7 @@ def evaluate(
         raise UserError("patterns has none: give what pb.fit_patterns returned")
     network, values = canonical_form(model, probe.example), {}
     check_moments(model, network, {"probe": probe, "test": test})
-    belongs_to = patterns.belongs_to if isinstance(patterns, Patterns) else {}
-    if belongs_to and (what := weight_digests.difference(belongs_to, weight_digests.digests(model))):
+    if isinstance(patterns, Patterns) and (what := changed(patterns, model)):
         raise UserError(f"patterns: {what} than when they were fitted: fit them again, or give the network of then")
     for name, pattern in patterns.items():
         _check_layer(name, pattern, probe, test)

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from pattern_bench.api.arguments import images_of, number, seed_of, whole
 from pattern_bench.api.networks import REFUSALS, cannot_take, device_of, not_finite
-from pattern_bench.core import weight_digests
+from pattern_bench.core import responses, weight_digests
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.collector import Collector
 from pattern_bench.core.half_precision import images_for, own_precision
 from pattern_bench.core.layers import Scratch
 from pattern_bench.core.memory import is_out_of_memory
 from pattern_bench.core.moments import MEMORY, Moments
-from pattern_bench.core.network import collecting, layers_in_order, select_layers
+from pattern_bench.core.network import collecting, layers_in_order, refusing_other_layers, select_layers
 from pattern_bench.core.rounding import float32_products
 from pattern_bench.errors import UserError, told
 
@@ -30,6 +30,7 @@ class LayerMoments(dict[str, Moments]):
         example: (1, C, spatial...), one of the images that they were collected from.
         belongs_to: digests of the weights of that network (``core.weight_digests``); none for moments of unknown
             origin, which are not checked against a network's weights.
+        responses: what the layers of that network took in and put out for one image of noise (``core.responses``).
 
     >>> import pattern_bench as pb
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1)).eval()
@@ -39,12 +40,17 @@ class LayerMoments(dict[str, Moments]):
     """
 
     belongs_to: Mapping[str, str] = {}
+    responses: Mapping[str, str] = {}
 
     def __init__(
-        self, moments: Mapping[str, Moments], example: Tensor, belongs_to: Mapping[str, str] | None = None
+        self,
+        moments: Mapping[str, Moments],
+        example: Tensor,
+        belongs_to: Mapping[str, str] | None = None,
+        responses: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(moments)
-        self.example, self.belongs_to = example, dict(belongs_to or {})
+        self.example, self.belongs_to, self.responses = example, dict(belongs_to or {}), dict(responses or {})
 
 
 @float32_products()
@@ -83,7 +89,8 @@ def collect_moments(
         Moments by layer name, in the order the layers run.
 
     Raises:
-        UserError: where the loader yields no images, a layer does not exist, or the network is not supported.
+        UserError: where the loader yields no images, a layer does not exist, or the network is not supported; naming
+            the layer, where one runs for some images and not for the first, or the other way round.
     """
     device, wanted = device_of(model), _names(layers)
     if not isinstance(gram, bool):
@@ -113,8 +120,9 @@ def collect_moments(
                         layer: Any = network.get_submodule(name)
                         collectors[name] = Collector(layer, gram, memory, positions, seed, scratch)
                     belongs_to = weight_digests.belongs_to(model, example, collectors)
+                    answers = responses.responses(model, example.shape[1:], collectors)
                 images = images_for(network, images)
-                with collecting(network, collectors):
+                with collecting(network, collectors), refusing_other_layers(network, names, wanted):
                     network(images)
                 ends = [*(collector.finite for collector in collectors.values()), images.isfinite().all()]
                 finite = torch.stack(ends).tolist()
@@ -128,7 +136,14 @@ def collect_moments(
         seen += len(images)
     if network is None:
         raise UserError("loader yields no batch with images: give it some")
-    return LayerMoments({name: collector.moments() for name, collector in collectors.items()}, example, belongs_to)
+    moments = {name: collector.moments() for name, collector in collectors.items()}
+    for name, sums in moments.items():
+        if not sums.n:
+            raise UserError(
+                f"layer {name} runs for none of the batches of loader, though for their first image by itself: leave "
+                "it out (layers), or give a network that runs the same layers for all images"
+            )
+    return LayerMoments(moments, example, belongs_to, answers)
 
 
 def _names(layers: Any) -> list[str]:
@@ -162,7 +177,7 @@ def check_moments_given(argument: str, moments: Any) -> None:
 
 
 def check_moments(model: nn.Module, network: nn.Module, given: Mapping[str, LayerMoments]) -> None:
-    """Refuse moments of another network, or of other weights.
+    """Refuse moments of another network, of other weights, or where something else is computed with them.
 
     >>> import pattern_bench as pb
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1)).eval()
@@ -174,7 +189,8 @@ def check_moments(model: nn.Module, network: nn.Module, given: Mapping[str, Laye
         given: moments by the argument that they were given as.
 
     Raises:
-        UserError: naming argument and layer, where moments do not belong to the network, or are not finite.
+        UserError: naming argument and layer, where moments do not belong to the network, are of no patch, or are not
+            finite.
     """
     now = weight_digests.digests(model) if any(moments.belongs_to for moments in given.values()) else {}
     for argument, moments in given.items():
@@ -188,9 +204,15 @@ def check_moments(model: nn.Module, network: nn.Module, given: Mapping[str, Laye
                     f"{sums.xg.shape[0]} neurons with {sums.xg.shape[1]} inputs: give the network that they were "
                     "collected from"
                 )
+            if not sums.n:
+                raise UserError(
+                    f"{argument}: the moments of layer {name} are of no patch, since none of the images ran it: leave "
+                    "it out (layers), or collect them over images that run it"
+                )
             if not all(tensor.sum().isfinite() for tensor in sums.tensors().values()):
                 raise UserError(f"{argument}: the moments of layer {name} hold NaN or Inf: collect them again")
-        if moments.belongs_to and (what := weight_digests.difference(moments.belongs_to, now)):
+        weights = weight_digests.difference(moments.belongs_to, now) if moments.belongs_to else None
+        if what := weights or responses.changed_response(moments.responses, model):
             raise UserError(
                 f"{argument}: {what} than when the moments were collected: collect them again, or give the network of "
                 "then"

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from pattern_bench.api.arguments import file_to_write, seed_of, writing
 from pattern_bench.api.moments import LayerMoments, check_moments, check_moments_given
 from pattern_bench.api.networks import canonical_form, device_of, in_own_precision
-from pattern_bench.core import estimators, weight_digests
+from pattern_bench.core import estimators, responses, weight_digests
 from pattern_bench.core.estimators import Estimator, Pattern
+from pattern_bench.core.network import refuse_without_weights
 from pattern_bench.core.rounding import float32_products
 from pattern_bench.errors import UserError, did_you_mean, told
 from pattern_bench.storage.tensor_files import Damaged, read_tensors, write_tensors
@@ -32,6 +33,7 @@ class Patterns(Mapping[str, Pattern]):
         patterns: by layer name.
         estimator: the name of the one that fitted them.
         belongs_to: digests of the weights that they were fitted on (``core.weight_digests``).
+        responses: what the layers took in and put out for one image of noise (``core.responses``).
 
     >>> pattern = Pattern(torch.ones(1, 2), torch.ones(1, 2), torch.tensor([False]))
     >>> patterns = Patterns({"0": pattern}, "mine", {})
@@ -39,8 +41,17 @@ class Patterns(Mapping[str, Pattern]):
     (['0'], 'mine')
     """
 
-    def __init__(self, patterns: Mapping[str, Pattern], estimator: str, belongs_to: Mapping[str, str]) -> None:
-        self._patterns, self.estimator, self.belongs_to = dict(patterns), estimator, dict(belongs_to)
+    responses: Mapping[str, str] = {}
+
+    def __init__(
+        self,
+        patterns: Mapping[str, Pattern],
+        estimator: str,
+        belongs_to: Mapping[str, str],
+        responses: Mapping[str, str] | None = None,
+    ) -> None:
+        self._patterns, self.estimator = dict(patterns), estimator
+        self.belongs_to, self.responses = dict(belongs_to), dict(responses or {})
 
     def __getitem__(self, layer: str) -> Pattern:
         return self._patterns[layer]
@@ -63,8 +74,21 @@ class Patterns(Mapping[str, Pattern]):
             for layer, pattern in self.items()
             for part in ("positive", "negative", "dead")
         }
+        about = weight_digests.metadata(self.belongs_to) | responses.metadata(self.responses)
         with writing(file):
-            write_tensors(path, tensors, {"estimator": self.estimator, **weight_digests.metadata(self.belongs_to)})
+            write_tensors(path, tensors, {"estimator": self.estimator, **about})
+
+
+def changed(patterns: Patterns, model: nn.Module) -> str | None:
+    """Return in words how a network differs from the one that patterns were fitted on, as far as they tell; or None.
+
+    >>> changed(Patterns({}, "mine", {}), nn.ReLU()) is None
+    True
+    """
+    weights = None
+    if patterns.belongs_to:
+        weights = weight_digests.difference(patterns.belongs_to, weight_digests.digests(model))
+    return weights or responses.changed_response(patterns.responses, model)
 
 
 @float32_products()
@@ -117,7 +141,8 @@ def fit_patterns(
         # In float64: what is left of x - a u, where u is large, is as small as a is exact.
         patterns[name] = Pattern(pattern.positive.view_as(weight), pattern.negative.view_as(weight), pattern.dead)
     belongs_to = moments.belongs_to or weight_digests.belongs_to(model, moments.example, moments)
-    return Patterns(patterns, estimator.name, belongs_to)
+    answers = moments.responses or responses.responses(model, moments.example.shape[1:], moments)
+    return Patterns(patterns, estimator.name, belongs_to, answers)
 
 
 def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
@@ -143,6 +168,7 @@ def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
             versions tell less, and a warning says so.
     """
     device_of(model)  # refuses what is no network
+    refuse_without_weights(model)
     if not isinstance(file, str | Path):
         raise UserError(f"file={told(file)} is not a file: give one that patterns were saved to")
     path = Path(file).expanduser()
@@ -159,12 +185,13 @@ def load_patterns(file: str | Path, model: nn.Module) -> Patterns:
         patterns[name] = _pattern(file, name, tensors, metadata, model)
     if not patterns:
         raise UserError(f"file={file} holds no patterns: S_x, for one, has none")
-    belongs_to = weight_digests.from_metadata(metadata)
+    belongs_to, answers = weight_digests.from_metadata(metadata), responses.from_metadata(metadata)
     if not belongs_to:
         log.warning("%s does not tell all weights that its patterns were fitted on, so others may go unnoticed", file)
-    elif what := weight_digests.difference(belongs_to, weight_digests.digests(model)):
+    loaded = Patterns(patterns, metadata.get("estimator", "unknown"), belongs_to, answers)
+    if what := changed(loaded, model):
         raise _other(file, what)
-    return Patterns(patterns, metadata.get("estimator", "unknown"), belongs_to)
+    return loaded
 
 
 def _pattern(
@@ -180,9 +207,10 @@ def _pattern(
     modules = dict(model.named_modules())
     weight = getattr(modules.get(name), "weight", None)
     if not isinstance(weight, Tensor):
+        layers = [n for n, m in modules.items() if hasattr(m, "weight")]
         raise UserError(
             f"file={file} has patterns of layer {name}, which {type(model).__name__} lacks: "
-            f"{did_you_mean(name, [n for n, m in modules.items() if hasattr(m, 'weight')])}"
+            f"{did_you_mean(name, layers) if layers else 'give the network that they were fitted on'}"
         )
     for part in (positive, negative):
         if part.shape != weight.shape:

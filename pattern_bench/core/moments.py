@@ -16,6 +16,7 @@ from torch import Tensor
 
 MEMORY = 2**30
 """Bytes that temporaries may take by default."""
+NO_PATCHES = "these moments are of no patch, since no image runs the layer"
 NO_GRAM = "these moments were collected without the Gram matrix, which rho needs"
 
 
@@ -154,10 +155,12 @@ class Moments:
         """cov[x], (G, D, D).
 
         Raises:
-            ValueError: where there is no Gram matrix.
+            ValueError: where there is no Gram matrix, or no patch.
         """
         if self.gram is None:
             raise ValueError(NO_GRAM)
+        if not self.n:
+            raise ValueError(NO_PATCHES)
         mean = self.mean_x
         # One tensor of this size, not three: at D = 25,088 it has 5 GB.
         return torch.baddbmm(self.gram, mean[:, :, None], mean[:, None, :], beta=1 / float(self.n), alpha=-1)

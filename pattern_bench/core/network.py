@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pattern_bench.core.layers import LAYER_TYPES
+from pattern_bench.core.tensor_checks import unusable
 from pattern_bench.errors import UserError, did_you_mean
 
 
@@ -74,7 +75,8 @@ def refuse_without_weights(model: nn.Module) -> None:
     """Check that every module of a network has its weights.
 
     Raises:
-        UserError: where the weights of a module take shape at its first input.
+        UserError: where the weights of a module take shape at its first input, or have no values because they are on
+            the device ``meta``.
 
     >>> refuse_without_weights(nn.LazyLinear(2))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -85,6 +87,12 @@ def refuse_without_weights(model: nn.Module) -> None:
             f"model={type(model).__name__}: module {lazy} has no weights before it meets its first input, and those "
             "would be random: run the network on an image once, and train it or load its weights"
         )
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if unusable(tensor.detach()) == "meta":
+            raise UserError(
+                f"model={type(model).__name__}: {name} has no values, since it is on the device meta: make the network "
+                "on another device, or call model.to_empty(device=...) and load its weights"
+            )
 
 
 def layers_in_order(model: nn.Module, example: Tensor) -> list[str]:
@@ -124,24 +132,77 @@ def select_layers(names: Sequence[str], wanted: str | Sequence[str]) -> list[str
         wanted: ``all``, a name, a glob, or a list of names and globs.
 
     Raises:
-        UserError: where a name or glob matches no layer, or the list is empty.
+        UserError: where there are no layers, a name or glob matches none, or the list is empty.
 
     >>> select_layers(["conv1", "conv2", "fc"], "conv*"), select_layers(["conv1", "conv2", "fc"], ["fc", "conv1"])
     (['conv1', 'conv2'], ['conv1', 'fc'])
     """
+    if not names:
+        raise UserError(
+            "the network runs no Conv1d, Conv2d, Conv3d or Linear layer, so there is nothing to examine: give another"
+        )
     asked = [wanted] if isinstance(wanted, str) else list(wanted)
     chosen: set[str] = set()
     for pattern in asked:
-        # A name may hold what a glob would read otherwise.
-        matching = (
-            list(names) if pattern == "all" else [pattern] if pattern in names else fnmatch.filter(names, pattern)
-        )
+        matching = _matching(names, pattern)
         if not matching:
             raise UserError(f"layer={pattern} matches no layer of the model: {did_you_mean(pattern, names)}")
         chosen.update(matching)
     if not chosen:
         raise UserError("layer=[] selects no layer: name one, give a glob such as 'features.*', or layer=all")
     return [name for name in names if name in chosen]
+
+
+def _matching(names: Sequence[str], pattern: str) -> list[str]:
+    if pattern == "all":
+        return list(names)
+    # A name may hold what a glob would read otherwise.
+    return [pattern] if pattern in names else fnmatch.filter(names, pattern)
+
+
+@contextmanager
+def refusing_other_layers(model: nn.Module, known: Sequence[str], wanted: str | Sequence[str]) -> Iterator[None]:
+    """Refuse, within this context, forward passes that run a layer that is wanted and not known.
+
+    A network is brought into canonical form by one image, so nothing is known of layers that run for others only.
+
+    Args:
+        model: any network.
+        known: the layers that the image runs, as :func:`layers_in_order` returns them.
+        wanted: as of :func:`select_layers`.
+
+    Raises:
+        UserError: in such a forward pass, naming the layer.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> with refusing_other_layers(model, ["0"], "all"):
+    ...     model(torch.ones(1, 2))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    pattern_bench.errors.UserError: layer 1 runs for some images, and not for the first one, by which ...
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)}
+    known_layers = {id(layers[name]) for name in known}
+    others = [name for name, module in layers.items() if id(module) not in known_layers]
+    asked = [wanted] if isinstance(wanted, str) else wanted
+
+    def refusal(name: str) -> Any:
+        def hook(_layer: nn.Module, _inputs: tuple[Tensor, ...]) -> None:
+            raise UserError(
+                f"layer {name} runs for some images, and not for the first one, by which the network was read: select "
+                "layers that run for every image, or give a network that runs the same layers for all"
+            )
+
+        return hook
+
+    handles = [
+        layers[name].register_forward_pre_hook(refusal(name))
+        for name in dict.fromkeys(name for pattern in asked for name in _matching(others, pattern))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Watcher(Protocol):

@@ -24,6 +24,9 @@ CLOSED_FORM = CRITERIA[:2]
 """Criteria whose Σ all neurons share; ``positive`` has another Σ for every neuron (``core/active_moments.py``)."""
 LARGEST_REGULARISATION = 1e-2
 """The largest λ that is tried, as a multiple of Σ's mean diagonal."""
+MOST_REGULARISATION = 1e4
+"""The largest λ that may be asked for, likewise: Σ has no part in v from there on, and with much larger ones v
+vanishes in rounding, which makes ρ 1 for every neuron."""
 ROUNDING = 1e-10
 """A variance below this share of the mean square is rounding, and counts as zero."""
 SMALLEST_RAISED = 1e-8
@@ -138,7 +141,8 @@ class Probe:
         memory: bytes for the neurons that are solved for at a time, besides Σ's factor itself.
 
     Raises:
-        ValueError: where the moments have no Gram matrix, or no factorisation exists.
+        ValueError: where the moments have no Gram matrix or no patch, the regularisation is negative or above
+            ``MOST_REGULARISATION``, or no factorisation exists.
 
     Two values, the second the first plus noise of its own; the pattern leaves that noise, which tells nothing of u:
 
@@ -157,6 +161,10 @@ class Probe:
     """
 
     def __init__(self, moments: Moments, regularisation: float, memory: int = MEMORY) -> None:
+        if not 0 <= regularisation <= MOST_REGULARISATION:
+            raise ValueError(
+                f"regularisation={regularisation:g} is not possible: give a number from 0 to {MOST_REGULARISATION:g}"
+            )
         self.moments, self.memory = moments, memory
         self.regularisation = regularisation
         self.factor, failed = self._factorise()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pattern_bench.core.active_moments import FiringMoments, draw_neurons
 from pattern_bench.core.moments import Moments
+from pattern_bench.core.network import refusing_other_layers
 from pattern_bench.core.probe_closed_form import CLOSED_FORM
 from pattern_bench.data.splits import Split
 from pattern_bench.engine.progress import Bar
@@ -22,7 +23,7 @@ from pattern_bench.errors import UserError
 from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.run_folder import RunFolder
 from pattern_bench.pipeline.run_pass import Visited, stream_over
-from pattern_bench.pipeline.setup import Setup
+from pattern_bench.pipeline.setup import Setup, layer_setting
 from pattern_bench.pipeline.stage import Done, Result, Stage
 from pattern_bench.processes import collectives
 from pattern_bench.storage.cache import Cache, key_of
@@ -126,6 +127,11 @@ class SplitMoments(Mapping[str, M]):
                 total = more.times(1)
         if total is None:
             raise KeyError(layer)
+        if isinstance(total, Moments) and not total.n:
+            raise UserError(
+                f"layer {layer} runs for none of the images of a split, though for the first image of all: leave it "
+                "out (layer), or give a network that runs the same layers for all images"
+            )
         return total
 
     def __iter__(self) -> Iterator[str]:
@@ -141,7 +147,7 @@ def collect(setup: Setup, machine: Machine, split: str, sums: Sums[M], bar: Bar)
     Moments are kept of the whole split, or of its chunks where the bootstrap will draw them again.
 
     Raises:
-        UserError: where fewer than two images can be read.
+        UserError: where fewer than two images can be read, or one of them runs a layer that the first image does not.
     """
     whole = setup.splits[split]
     chunks = setup.cfg.bootstrap.chunks
@@ -177,7 +183,8 @@ def _collect_piece(
             return dict(keys), visited
         stream = sums.stream(missing)
         state = machine.unfinished(stage, **{**shared, **sums.key}, layers=missing)
-        visited = stream_over(machine, setup.source, stream, piece, state, bar, keep=not cache.writable)
+        with refusing_other_layers(setup.model, setup.all_layers, layer_setting(setup.cfg)):
+            visited = stream_over(machine, setup.source, stream, piece, state, bar, keep=not cache.writable)
         metadata = {"images": str(visited.images), "unreadable": json.dumps(visited.unreadable)}
         found: dict[str, M | str] = dict(keys)
         for layer in missing:

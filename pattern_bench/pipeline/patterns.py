@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pattern_bench.core import weight_digests
+from pattern_bench.core import responses, weight_digests
 from pattern_bench.core.estimators import Estimator, Pattern
 from pattern_bench.core.moments import Moments
 from pattern_bench.engine.progress import Bar
@@ -122,7 +122,8 @@ class FitPatterns(Stage[FittedPatterns]):
             "patterns.safetensors",
             pattern_tensors(result.shaped),
             {**about, "split": "fit", "images": str(len(fit)), "seed": str(setup.cfg.seed),
-             "model_fingerprint": setup.model_key, **weight_digests.metadata(setup.belongs_to)},
+             "model_fingerprint": setup.model_key, **weight_digests.metadata(setup.belongs_to),
+             **responses.metadata(setup.responses)},
         )  # fmt: skip
         fitted = {"estimator": estimator.name, "model": setup.model_key, "images": fit.fingerprint}
         run_folder.uses("patterns", "-".join(about.values()), fitted, "patterns.safetensors")

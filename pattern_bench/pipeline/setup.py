@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 
 from pattern_bench.configuration.build import build
 from pattern_bench.configuration.checks import check_bootstrap, check_settings
-from pattern_bench.core import weight_digests
+from pattern_bench.core import responses, weight_digests
 from pattern_bench.core.canonical import canonical
 from pattern_bench.core.estimators import Estimator
 from pattern_bench.core.half_precision import images_for, widened
 from pattern_bench.core.network import layers_in_order, select_layers
 from pattern_bench.core.outputs import as_logits
-from pattern_bench.core.probe_closed_form import CRITERIA
+from pattern_bench.core.probe_closed_form import CRITERIA, MOST_REGULARISATION
 from pattern_bench.data.base import Source
 from pattern_bench.data.splits import Split, Unreadable, make_splits
 from pattern_bench.engine.progress import Bar
@@ -57,6 +57,7 @@ class Setup:
         sample: one image (C, ...), as the network takes it.
         outputs: how many the network has.
         belongs_to: digests of the network's weights as it came (``core.weight_digests``).
+        responses: what its layers take in and put out for one image of noise (``core.responses``).
     """
 
     cfg: DictConfig
@@ -74,6 +75,7 @@ class Setup:
     sample: Tensor
     outputs: int
     belongs_to: Mapping[str, str]
+    responses: Mapping[str, str]
 
     @property
     def names(self) -> dict[str, str]:
@@ -120,6 +122,7 @@ def prepare(cfg: DictConfig, machine: Machine, bar: Bar, check: Callable[[Setup]
     model_source: ModelSource = build(cfg.model)
     source: Source = build(cfg.data).keeping_in(machine.cache)
     check_settings(cfg, CRITERIA, ORDERS, REPLACEMENTS)
+    _check_regularisation(cfg)
     splits: Mapping[str, Split] = make_splits(source, cfg.seed)
     check_bootstrap(cfg, min(len(split) for split in splits.values()), machine.cache.writable)
     splits = _transformed(splits, model_source.transform() or source.transform())
@@ -141,7 +144,7 @@ def prepare(cfg: DictConfig, machine: Machine, bar: Bar, check: Callable[[Setup]
         cfg=cfg, source=source, splits=splits, model_name=model_source.name, classifier=model_source.classifier,
         model=network, model_key="", all_layers=names, layers=select_layers(names, layer_setting(cfg)),
         estimator=estimator, method=method, method_uses_estimator=uses_estimator, sample=sample, outputs=outputs,
-        belongs_to={},
+        belongs_to={}, responses={},
     )  # fmt: skip
     check(setup)
     if model_source.training is not None:
@@ -154,7 +157,20 @@ def prepare(cfg: DictConfig, machine: Machine, bar: Bar, check: Callable[[Setup]
         model=network,
         model_key=fingerprint(network, _model_settings(cfg.model)),
         belongs_to=weight_digests.belongs_to(built, sample[None], setup.layers),
+        responses=responses.responses(built, sample.shape, setup.layers),
     )
+
+
+def _check_regularisation(cfg: DictConfig) -> None:
+    """
+    Raises:
+        UserError: where the ridge leaves nothing of what v is fitted on.
+    """
+    if (ridge := cfg.probe.regularisation) > MOST_REGULARISATION:
+        raise UserError(
+            f"probe.regularisation={ridge:g} is not possible: it is a multiple of the mean variance of a layer's "
+            f"inputs, of which nothing would be left: give at most {MOST_REGULARISATION:g}"
+        )
 
 
 def _method(cfg: DictConfig, estimator: Estimator) -> tuple[Any, bool]:

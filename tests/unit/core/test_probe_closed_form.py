@@ -101,3 +101,22 @@ def test_moments_without_gram_have_no_rho():
     layer = nn.Linear(2, 1)
     with pytest.raises(ValueError, match="without the Gram"):
         Probe(sums(layer, torch.randn(9, 2), gram=False), 1e-6)
+
+
+@pytest.mark.parametrize("ridge", [-1.0, 1.01e4, 1e300, float("inf"), float("nan")])
+def test_a_ridge_that_leaves_nothing_is_refused(ridge):
+    layer = nn.Linear(3, 2).double()
+    with pytest.raises(ValueError, match=r"regularisation=.* is not possible: give a number from 0 to 10000"):
+        Probe(sums(layer, torch.randn(20, 3).double()), ridge)
+
+
+def test_beyond_the_largest_ridge_nothing_would_change():
+    """From there on, v is cov[d, y] up to its length."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 4).double().requires_grad_(False), torch.randn(200, 6).double()
+    moments = sums(layer, x @ torch.randn(6, 6).double())
+    pattern = Pattern(layer.weight / 2, layer.weight / 2, torch.zeros(4, dtype=torch.bool))
+    value = rho(Probe(moments, 1e4).direction(pattern), moments, pattern)
+    cov_dy = moments.cov_xu - pattern.positive * moments.var_u[:, None]
+    torch.testing.assert_close(value, rho(cov_dy, moments, pattern), rtol=1e-3, atol=1e-3)
+    assert (value < 0.99).any()
