@@ -29,14 +29,19 @@ def told(value: Any, quoted: bool = True) -> str:
 
     >>> told(3), told("nine"), told([1, 2])
     ('3', "'nine'", 'a list')
+    >>> told(2**70), told(2**7000)
+    ('1180591620717411303424', 'an int')
     """
     if isinstance(value, str):
         shown = repr(value if len(value) <= MOST_SHOWN else f"{value[:MOST_SHOWN]}…")
         return shown if quoted else shown[1:-1]
     plain = (
-        value is None or isinstance(value, bool | float | complex) or (isinstance(value, int) and abs(value) < 2**64)
+        value is None
+        or isinstance(value, bool | float | complex)
+        or (isinstance(value, int) and value.bit_length() < 3 * MOST_SHOWN)
     )
-    return repr(value) if plain else f"a {type(value).__name__}"
+    kind = type(value).__name__
+    return repr(value) if plain else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def did_you_mean(name: str, choices: Iterable[str], most: int = 12) -> str:

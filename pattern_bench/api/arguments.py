@@ -30,7 +30,8 @@ def whole(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
     """
     if isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most:
         return int(value)
-    to = f"of at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
+    large = isinstance(value, Integral) and int(value) > most
+    to = f"of at least {least}" if most == 2**63 - 1 and not large else f"from {least} to {most}"
     raise UserError(f"{name}={told(value)} is not possible: give a whole number {to}")
 
 
@@ -182,3 +183,19 @@ def images_of(images: Any, where: str) -> Tensor:
     if images.ndim < 2:
         raise UserError(f"{where} a tensor of shape {tuple(images.shape)}, which is no batch: give (B, C, ...)")
     return images.detach().clone() if images.is_inference() else images.detach()
+
+
+def some_images(images: Any) -> Tensor:
+    """Return the argument ``images`` as :func:`images_of` does, where it holds at least one.
+
+    >>> some_images(torch.ones(0, 3))
+    Traceback (most recent call last):
+    pattern_bench.errors.UserError: images has no image (its shape is (0, 3)): give at least one
+
+    Raises:
+        UserError: as :func:`images_of`; where there is no image, or none of a single value.
+    """
+    images = images_of(images, "images is")
+    if not images.numel():
+        raise UserError(f"images has no image (its shape is {tuple(images.shape)}): give at least one")
+    return images

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pattern_bench.api.arguments import check_choice, images_of, number, whole
+from pattern_bench.api.arguments import check_choice, number, some_images, whole
 from pattern_bench.api.explanations import check_methods, explained
 from pattern_bench.api.networks import answers, in_own_precision
 from pattern_bench.core.half_precision import images_for, widened
@@ -61,12 +61,13 @@ def degradation(
 
     Raises:
         UserError: where a setting or a target is not possible; where the network is in training mode, or puts out what
-            says not which its logits are; where images, outputs or explanations are not finite.
+            says not which its logits are; where there are no images; where images, outputs or explanations are not
+            finite; where outputs are random or depend on the other images of a batch.
     """
     check_methods(methods)
     value = number("value", value, -1e30)
     seed = whole("seed", seed, -(2**63))
-    network, images = widened(model), images_of(images, "images is")
+    network, images = widened(model), some_images(images)
     own, images = images_for(model, images), images_for(network, images)
     check_choice("order", order, protocol.ORDERS)
     check_choice("replacement", replacement, protocol.REPLACEMENTS)

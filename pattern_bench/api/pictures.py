@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pattern_bench.api.arguments import file_to_write, images_of, writing
+from pattern_bench.api.arguments import file_to_write, some_images, writing
 from pattern_bench.api.explanations import check_methods, explained
 from pattern_bench.api.networks import answers, in_own_precision
 from pattern_bench.core.half_precision import images_for, widened
@@ -45,7 +45,7 @@ def draw_gallery(
     if path.suffix.lower() not in suffixes():
         raise UserError(f"file={file} has no suffix of a picture: give one of {', '.join(suffixes())}")
 
-    network, images = widened(model), images_of(images, "images is")
+    network, images = widened(model), some_images(images)
     own, images = images_for(model, images), images_for(network, images)
     network, logits = answers(network, images)
     _, predicted, confidence = prediction_of(network, logits)

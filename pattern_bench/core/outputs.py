@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pattern_bench.core.memory import is_out_of_memory
 from pattern_bench.core.network import refuse_training, unwrapped
 from pattern_bench.core.output_activation import ActivationWatch, output_activation
 from pattern_bench.errors import UserError, told
@@ -117,8 +118,9 @@ def as_logits(model: nn.Module, example: Tensor, output: Output = None) -> nn.Mo
         output: as of :class:`Logits`.
 
     Raises:
-        UserError: where the network is in training mode; where it puts out several tensors and none is named,
-            probabilities that no softmax or sigmoid made, or what was made of the probabilities of one.
+        UserError: where the network is in training mode; where there is no image; where it puts out several tensors
+            and none is named, probabilities that no softmax or sigmoid made, or what was made of the probabilities of
+            one; where its layers run inside of ``torch.vmap``.
 
     >>> model, image = nn.Sequential(nn.Linear(2, 3), nn.Softmax(1)).eval(), torch.ones(1, 2)
     >>> torch.equal(as_logits(model, image)(image), model[0](image)), as_logits(model[0], image) is model[0]
@@ -127,9 +129,15 @@ def as_logits(model: nn.Module, example: Tensor, output: Output = None) -> nn.Mo
     refuse_training(model)
     plain_model, model = model, unwrapped(model)
     name = type(model._network if isinstance(model, Logits) else model).__name__
-    with torch.no_grad(), ActivationWatch(model, example) as seen, _Calls() as calls:
-        whole = model(example)
-        y = selected(whole, output, name)
+    if not len(example):
+        raise UserError(f"the images given to model={name} are none (shape {tuple(example.shape)}): give at least one")
+    try:
+        with torch.no_grad(), ActivationWatch(model, example) as seen, _Calls() as calls:
+            whole = model(example)
+            y = selected(whole, output, name)
+    except RuntimeError as error:
+        _refuse_if_unwatchable(model, name, example, error)
+        raise
     plain = y is whole
     if not y.is_floating_point():
         raise UserError(
@@ -144,6 +152,24 @@ def as_logits(model: nn.Module, example: Tensor, output: Output = None) -> nn.Mo
     if y.ndim != 2 or len(y) != len(example):
         return wrapped
     return _before_activation(wrapped, model, output, example, y, seen, calls.calls)
+
+
+def _refuse_if_unwatchable(model: nn.Module, name: str, example: Tensor, error: RuntimeError) -> None:
+    """
+    Raises:
+        UserError: where the network takes the images by itself, and raised ``error`` only because it was watched.
+    """
+    if is_out_of_memory(error):
+        return
+    try:
+        with torch.no_grad():
+            model(example)
+    except Exception:  # for the images, as ``error`` says
+        return
+    raise UserError(
+        f"model={name} hides what its layers compute ({str(error).splitlines()[0]}): call them on whole batches, "
+        "outside of torch.vmap and other transforms of torch.func"
+    ) from error
 
 
 def _before_activation(

@@ -117,12 +117,17 @@ def target_per_image(target: Any, images: int, device: torch.device, who: str = 
     """Return one whole number, or a tensor of one for each image, as a tensor (images,) int64 on ``device``.
 
     Raises:
-        UserError: where it is neither; the message begins with ``who``.
+        UserError: where it is neither, or beyond 64 bits; the message begins with ``who``.
 
     >>> target_per_image(3, 2, torch.device("cpu"))
     tensor([3, 3])
     """
-    if isinstance(target, Integral) and not isinstance(target, bool) and -(2**63) <= int(target) < 2**63:
+    if isinstance(target, Integral) and not isinstance(target, bool):
+        if not -(2**63) <= int(target) < 2**63:
+            raise UserError(
+                f"{who}target={told(int(target))} is out of range: give the number of one of the network's outputs, or "
+                "None for the predicted class"
+            )
         return torch.full((images,), int(target), device=device)
     if not isinstance(target, Tensor) or not whole_numbers(target) or target.shape not in ((), (images,)):
         what = told(target)

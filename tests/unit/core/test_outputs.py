@@ -338,3 +338,20 @@ class Globs(nn.Module):
 
 def test_a_layers_name_may_hold_what_a_glob_would_read():
     assert list(pb.collect_moments(Globs().eval(), [images()], layers=["parts.conv[1]"])) == ["parts.conv[1]"]
+
+
+def test_no_image_shows_no_outputs():
+    with pytest.raises(UserError, match=r"the images given to model=Linear are none \(shape \(0, 2\)\): give at least"):
+        as_logits(nn.Linear(2, 3).eval(), torch.ones(0, 2))
+
+
+def test_layers_within_vmap_cannot_be_examined():
+    class Mapped(nn.Sequential):
+        def forward(self, x):
+            return torch.vmap(super().forward)(x)
+
+    model = Mapped(nn.Linear(2, 3)).eval()
+    with pytest.raises(UserError, match=r"model=Mapped hides what its layers compute .*outside of torch.vmap"):
+        as_logits(model, torch.ones(2, 2))
+    with pytest.raises(RuntimeError, match=r"cannot be multiplied|size"):
+        as_logits(model, torch.ones(2, 5))
