@@ -36,13 +36,12 @@ def check_rho(rho: pd.DataFrame, summary: Mapping[str, Any]) -> None:
     expected = ["closed_form", "sgd"] if summary.get("probe") == "both" else [summary.get("probe", probes[0])]
     if sorted(probes) != sorted(expected):
         raise ValueError(f"rho.csv has probes {probes}, and summary.json {expected}")
-    measured = {
-        probe: set(zip(rows.layer, rows.neuron, strict=True)) for probe, rows in rho.groupby("probe", observed=True)
-    }
+    by_probe = dict(iter(rho.groupby("probe", observed=True)))
+    measured = {probe: set(zip(rows.layer, rows.neuron, strict=True)) for probe, rows in by_probe.items()}
     for probe in probes:
         if lacking := len(measured[expected[0]] - measured[probe]):
             raise ValueError(f"rho.csv lacks {lacking} neurons of probe {probe}")
-        _check_layers(rho[rho.probe == probe], summary, first=probe == expected[0])
+        _check_layers(by_probe[probe], summary, first=probe == expected[0])
 
 
 def _check_layers(rho: pd.DataFrame, summary: Mapping[str, Any], first: bool) -> None:
