@@ -28,6 +28,8 @@ def run_command(body: Callable[[], object], explain: Callable[[Exception], str |
     try:
         body()
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and (refused := _refused_output()):
+            error = refused
         message = user_message(error) if isinstance(error, UserError) else explain(error)
         if message is None:
             raise
@@ -49,12 +51,25 @@ def say(text: str, done: str = "") -> None:
             raise OSError("it is closed")
         print(text, flush=True)
     except (OSError, ValueError) as error:
-        # What is left in the buffer would fail once more, with a traceback, as Python ends.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        why = getattr(error, "strerror", None) or str(error)
-        also = f"; {done}" if done else ""
-        raise UserError(f"standard output cannot be written ({why}): send it elsewhere{also}") from error
+        raise _unwritable(error, done) from error
+
+
+def _refused_output() -> UserError | None:
+    """The error where what others wrote to standard output, such as Hydra, did not arrive there."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        return _unwritable(error, "")
+    return None
+
+
+def _unwritable(error: Exception, done: str) -> UserError:
+    # What is left in the buffer would fail once more, with a traceback, as Python ends.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    why = getattr(error, "strerror", None) or str(error)
+    also = f"; {done}" if done else ""
+    return UserError(f"standard output cannot be written ({why}): send it elsewhere{also}")
 
 
 def user_message(error: BaseException) -> str:

@@ -97,7 +97,7 @@ def check_groups(cfg: DictConfig) -> None:
             below = OmegaConf.select(cfg, listed)
             if not isinstance(below, DictConfig) or not below:
                 raise UserError(f"{listed}={_shown(below)} is not possible: leave it as it is, and name some in show=…")
-            for name in below:
+            for name in map(str, below):
                 _check_chosen(f"{listed}.{name}", folder, below[name])
 
 

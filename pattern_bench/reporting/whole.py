@@ -49,7 +49,7 @@ def _check_layers(rho: pd.DataFrame, summary: Mapping[str, Any], first: bool) ->
     first draws some, under the criterion ``positive``)."""
     about = summary.get("rho", {})
     layers = about.get("layers")
-    by_layer = dict(iter(rho.groupby("layer", observed=True, sort=False)))
+    by_layer: dict[Any, pd.DataFrame] = dict(iter(rho.groupby("layer", observed=True, sort=False)))
     if isinstance(layers, list):
         named = {str(of["layer"]): of for of in layers}
         if set(named) != set(by_layer):
@@ -101,7 +101,7 @@ def check_degradation(degradation: pd.DataFrame, summary: Mapping[str, Any]) -> 
         ValueError: where ``degradation.csv`` does not hold every step of every curve that ``summary`` names once, holds
             what is no probability, or another area over a curve.
     """
-    curves = dict(iter(degradation.groupby(CURVE, observed=True, sort=False)))
+    curves: dict[Any, pd.DataFrame] = dict(iter(degradation.groupby(CURVE, observed=True, sort=False)))
     for (*_, method), rows in curves.items():
         if sorted(rows.step) != list(range(len(rows))):
             raise ValueError(f"degradation.csv lacks steps of {method}, or has some twice")
@@ -132,7 +132,7 @@ def check_areas(areas: pd.DataFrame, degradation: pd.DataFrame, summary: Mapping
     if areas.area.isna().any():
         raise ValueError("areas.csv has an image without an area")
     images = degradation.groupby(CURVE, observed=True).n.first().to_dict()
-    by_curve = dict(iter(areas.groupby(CURVE, observed=True)))
+    by_curve: dict[Any, pd.DataFrame] = dict(iter(areas.groupby(CURVE, observed=True)))
     if set(images) != set(by_curve):
         raise ValueError("areas.csv and degradation.csv have other curves")
     _check_methods("areas.csv", [method for *_, method in by_curve], summary)
