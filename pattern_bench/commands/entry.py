@@ -57,6 +57,7 @@ def say(text: str, done: str = "") -> None:
 def _refused_output() -> UserError | None:
     """The error where what others wrote to standard output, such as Hydra, did not arrive there."""
     try:
+        sys.stdout.write("\n")  # what failed is no longer in the buffer
         sys.stdout.flush()
     except (OSError, ValueError) as error:
         return _unwritable(error, "")

@@ -73,7 +73,5 @@ def test_a_closed_standard_output_is_named(monkeypatch, capsys):
     say("seen")
     assert capsys.readouterr().out == "seen\n"
     monkeypatch.setattr(sys, "stdout", None)
-    with pytest.raises(
-        UserError, match=r"^standard output cannot be written \(it is closed\): send it elsewhere; done$"
-    ):
+    with pytest.raises(UserError, match=r"^standard output cannot be written \(it is closed\): send .*; done$"):
         say("unseen", "done")

@@ -116,7 +116,8 @@ def test_all_that_is_composed_passes():
 
 def test_the_rounds_have_every_class_and_tracker():
     def named(cfg, group):
-        return cfg[group].get("_target_", cfg[group].get("kind", cfg[group].get("name")))
+        node = OmegaConf.to_container(cfg[group])
+        return node.get("_target_") or node.get("kind") or node.get("name")
 
     for group in ("data", "model", "probe", "logger"):
         files = [OmegaConf.load(file) for file in (CONF / group).glob("*.yaml") if file.stem != "toy"]
