@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pattern_bench.commands.entry import run_command
+from pattern_bench.commands.entry import run_command, say
 from pattern_bench.errors import UserError
 from pattern_bench.storage.cache_entries import KINDS, Entry, entries, in_use, remove, sweep_up
 
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return f"--dir={options.dir} cannot be changed ({error.filename}: {error.strerror})"
         return None
 
-    run_command(lambda: print("\n".join(show_or_remove(options))), explain)
+    run_command(lambda: say("\n".join(show_or_remove(options))), explain)
 
 
 def show_or_remove(options: argparse.Namespace) -> list[str]:

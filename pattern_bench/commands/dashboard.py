@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pattern_bench.commands.entry import run_command
+from pattern_bench.commands.entry import run_command, say
 from pattern_bench.errors import UserError
 from pattern_bench.results.schema import write_json
 from pattern_bench.tracking.wandb_server import reachable
@@ -57,4 +57,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--output", type=Path, default=Path("dashboard.json"), help="the specification (default: dashboard.json)"
     )
     options = parser.parse_args(arguments)
-    run_command(lambda: print("\n".join(dashboard(options.folders, options.project, options.entity, options.output))))
+    run_command(lambda: say("\n".join(dashboard(options.folders, options.project, options.entity, options.output))))

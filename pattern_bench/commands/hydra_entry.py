@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pattern_bench.commands import resume_hint
-from pattern_bench.commands.entry import run_command, user_message
+from pattern_bench.commands.entry import run_command, say, user_message
+from pattern_bench.configuration.checks import check_choices
 from pattern_bench.configuration.location import CONF
 from pattern_bench.configuration.resumed_overrides import folder_of, quoted, resumed_overrides
 from pattern_bench.errors import UserError
@@ -82,7 +83,16 @@ def start(job: Job, cfg: DictConfig, folder: Path) -> None:
         launch(job, cfg, folder, log_config)
     outside = number_from_outside()
     if outside is None or outside[0] == 0:
-        print(f"results: {folder}")
+        tell_results(folder)
+
+
+def tell_results(folder: Path) -> None:
+    """Say where the results are.
+
+    Raises:
+        UserError: where standard output cannot be written.
+    """
+    say(f"results: {folder}", f"the run in {folder} is complete")
 
 
 def arguments(given: list[str], module: str = "pattern_bench") -> list[str]:
@@ -170,6 +180,7 @@ def run_hydra_command(command: Callable[[], None], module: str = "pattern_bench"
             signals.obeyed(lambda number: begun.tell(number, module, given), launched=outside is not None),
         ):
             check_sweep(given, module)
+            check_choices(given)
             sys.argv[1:] = arguments(given, module)
             command()
 

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pattern_bench.commands.entry import run_command
+from pattern_bench.commands.entry import run_command, say
 from pattern_bench.reporting.report import comparison, report
 
 
@@ -32,4 +32,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return f"cannot write {error.filename or options.output} ({error.strerror}): free space"
         return None
 
-    run_command(lambda: print("\n".join(command(names, options.output))), explain)
+    run_command(lambda: say("\n".join(command(names, options.output)), f"the report is in {options.output}"), explain)

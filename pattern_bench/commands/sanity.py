@@ -6,7 +6,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pattern_bench.commands.hydra_entry import run_folder, run_hydra_command
+from pattern_bench.commands.hydra_entry import run_folder, run_hydra_command, tell_results
 from pattern_bench.configuration.checks import check_complete, check_sanity_overrides
 from pattern_bench.configuration.location import CONF
 
@@ -20,7 +20,7 @@ def sanity(cfg: DictConfig) -> None:
         from pattern_bench.pipeline.sanity import run
 
         run(cfg, folder)
-    print(f"results: {folder}")
+    tell_results(folder)
 
 
 def main() -> None:

@@ -50,6 +50,8 @@ def _built(node: Any, path: str) -> Any:
     if "_target_" not in settings:
         return settings
     name, deferred = settings.pop("_target_"), settings.pop("_partial_", False)
+    if not isinstance(deferred, bool):
+        raise UserError(f"{path}._partial_={deferred} is not possible: give true or false")
     made_by = import_object(f"{path}._target_", name)
     try:
         if deferred:

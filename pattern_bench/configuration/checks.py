@@ -1,11 +1,13 @@
 """Checks of a composed configuration, before long work starts. Imports no torch.
 
-What a single setting may be is a table of rules; what two settings must be together follows in the function that checks
-the table. Wrong settings raise a UserError that names the setting, its value and the remedy.
+What a single setting may be is a rule in ``tables.py``; what two settings must be together follows in the function that
+checks the rules. Wrong settings raise a UserError that names the setting, its value and the remedy.
 
 | function | checks | called |
 |---|---|---|
-| `check_complete(cfg)` | values that must be given, names of classes, the trainer | before anything is imported |
+| `check_complete(cfg)` | that nothing is missing, the rules, names of classes, the trainer | before imports |
+| `check_choices(overrides)` | that no group is set to null | before Hydra composes |
+| `check_groups(cfg)` | that groups are chosen | by `check_complete` and `check_settings` |
 | `check_trainer(cfg.trainer)` | Lightning's arguments and the suite's own | before a trainer is made |
 | `check_settings(cfg, criteria, orders, replacements)` | numbers and choices of the job | before data are read |
 | `check_bootstrap(cfg, smallest, writable)` | the bootstrap against the data and the cache | when splits are made |
@@ -19,75 +21,29 @@ Settings of a data set or a model are checked by its own class, with rules of :m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from pattern_bench.configuration.rules import (
-    Rule,
-    boolean,
-    check_rules,
-    choice,
-    is_number,
-    name_among,
-    number_from_zero,
-    positive_number,
-    whole_number,
+from pattern_bench.configuration.location import CONF
+from pattern_bench.configuration.rules import check_rules, choice, name_among, whole_number
+from pattern_bench.configuration.tables import (
+    CHOSEN,
+    FEW_DEVICES,
+    GALLERY,
+    JOB,
+    LIGHTNING,
+    LISTS,
+    SANITY,
+    SECTIONS,
+    TRAINER,
 )
 from pattern_bench.configuration.targets import allows_any, check_name, named_targets
 from pattern_bench.configuration.trainer_arguments import HARMLESS, OWN, REFUSED, STRATEGIES
 from pattern_bench.errors import UserError, did_you_mean
 from pattern_bench.processes.launch import processes_per_node
-
-JOB = (
-    whole_number("explanation.images", 1, nullable=True),
-    whole_number("degradation.images", 1, nullable=True),
-    whole_number("degradation.patch", 1, nullable=True),
-    whole_number("degradation.steps", 1, nullable=True),
-    whole_number("data.batch_size", 1),
-    whole_number("data.workers", 0),
-    whole_number("data.limit", 1, nullable=True),
-    whole_number("data.data_seed", 0),
-    whole_number("seed", 0),
-    Rule("seed", lambda seed: seed < 2**32, f"give one below 2**32 = {2**32}", "is too large for NumPy's generator"),
-    whole_number("probe.steps", 1),
-    whole_number("probe.patience", 1),
-    whole_number("probe.neurons", 1, nullable=True),
-    whole_number("bootstrap.resamples", 0, nullable=True),
-    Rule("bootstrap.resamples", lambda count: count != 1, "give 0 for no bootstrap, or at least 2", "has no spread",
-         nullable=True),
-    whole_number("bootstrap.chunks", 2, nullable=True),
-    number_from_zero("checkpoint.seconds", "give a number, 0 for after every batch"),
-    positive_number("probe.regularisation"),
-    positive_number("probe.learning_rate"),
-    positive_number("moments.memory_gib"),
-    positive_number("moments.positions"),
-    Rule("moments.positions", lambda share: share <= 1, "give up to 1.0, which is exact", "is no share"),
-    positive_number("data.fit"),
-    positive_number("data.probe"),
-    positive_number("data.validation"),
-    positive_number("cache.gib", nullable=True, remedy="give a positive number of GiB, or null for no bound"),
-    Rule("degradation.value", is_number, "give one, such as 0.0", "is no number"),
-)  # fmt: skip
-"""The job's settings, but for choices that belong to other packages."""
-
-TRAINER = {
-    "tf32": boolean("trainer.tf32"),
-    "lost_after": positive_number("trainer.lost_after", remedy="give a number of seconds above 0"),
-}
-"""The suite's own settings of the trainer."""
-
-GALLERY = (
-    Rule("percentile", lambda share: is_number(share) and 0 < share <= 100,
-         "give more than 0, up to 100 (the maximum)"),
-)  # fmt: skip
-
-SANITY = (
-    whole_number("images", 1),
-    whole_number("refit", 0),
-    whole_number("directions", 2),
-)
 
 JOB_ONLY = ("criterion", "probe", "bootstrap", "explanation", "degradation", "layer", "method", "curve")
 """Settings of the job that neither the gallery nor the sanity checks have a use for."""
@@ -97,18 +53,65 @@ def check_complete(cfg: DictConfig) -> None:
     """Check the composed configuration, before anything that it names is imported.
 
     Raises:
-        UserError: naming the first setting that must be given and was not, or that names something outside of
-            ``targets.PACKAGES`` without ``allow_any_target``; or an argument of the trainer's that is not possible.
+        UserError: naming the first setting that must be given and was not, that cannot have its value, or that names
+            something outside of ``targets.PACKAGES`` without ``allow_any_target``; or an argument of the trainer's that
+            is not possible.
     """
+    check_groups(cfg)
     missing = list(_missing(OmegaConf.to_container(cfg, resolve=False), ""))
     if cfg.cache.dir == "":  # of an empty environment variable, which would be the current folder
         missing.append("cache.dir")
     if missing:
         raise UserError(f"{missing[0]} has no value: give one, {missing[0]}=…")
+    check_rules(JOB, cfg)
     any_target = allows_any(cfg)
     for setting, name in named_targets(OmegaConf.to_container(cfg, resolve=True), ""):
         check_name(setting, name, any_target)
     check_trainer(OmegaConf.to_container(cfg.trainer, resolve=True))  # type: ignore[arg-type]
+
+
+def check_choices(overrides: Iterable[str]) -> None:
+    """Check overrides before Hydra composes them, which fails where a group's choice is no name.
+
+    Raises:
+        UserError: where null, or settings, are given for a group that must be chosen.
+    """
+    for override in overrides:
+        group, _, value = override.lstrip("+").partition("=")
+        if group in CHOSEN and (value.startswith("{") or "null" in re.split(r"[\s,\[\]]+", value.lower())):
+            raise UserError(f"{override} is not possible: choose from {', '.join(_choices(group))}")
+
+
+def check_groups(cfg: DictConfig) -> None:
+    """
+    Raises:
+        UserError: where a group of settings is none, or was not chosen.
+    """
+    for group in CHOSEN:
+        _check_chosen(group, group, OmegaConf.select(cfg, group))
+    for group in SECTIONS:
+        if not isinstance(value := OmegaConf.select(cfg, group), DictConfig):
+            raise UserError(f"{group}={_shown(value)} is not possible: it holds settings; give one of these, {group}.…")
+    for listed, folder in LISTS.items():
+        if listed in cfg:
+            below = OmegaConf.select(cfg, listed)
+            if not isinstance(below, DictConfig) or not below:
+                raise UserError(f"{listed}={_shown(below)} is not possible: leave it as it is, and name some in show=…")
+            for name in map(str, below):
+                _check_chosen(f"{listed}.{name}", folder, below[name])
+
+
+def _check_chosen(setting: str, folder: str, value: Any) -> None:
+    if not isinstance(value, DictConfig) or not value:
+        raise UserError(f"{setting}={_shown(value)} is not possible: choose from {', '.join(_choices(folder))}")
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml") if file.stem != "common")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:
@@ -126,9 +129,10 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     strategy = trainer.get("strategy", "auto")
     if strategy not in STRATEGIES:
         raise UserError(f"trainer.strategy={strategy} is not possible: choose from {', '.join(STRATEGIES)}")
-    for name, rule in TRAINER.items():
+    for name, rule in {**TRAINER, **LIGHTNING}.items():
         if name in trainer:
             rule.check(trainer[name])
+    FEW_DEVICES.check(trainer.get("devices", 1))
 
 
 def check_settings(
@@ -145,6 +149,7 @@ def check_settings(
     Raises:
         UserError: for the first that is not possible.
     """
+    check_groups(cfg)
     choices = (
         name_among("criterion", criteria),
         choice("degradation.order", orders),

@@ -12,7 +12,7 @@ Imports no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,42 @@ class Rule:
         raise UserError(f"{self.setting}={value} {self.problem}: {remedy}")
 
 
+def check_arguments(rules: Iterable[Rule], **values: Any) -> None:
+    """Check what a class is given, by the last part of each rule's ``setting``. Rules of others are passed over.
+
+    >>> check_arguments([whole_number("data.size", 1)], size=0)
+    Traceback (most recent call last):
+        ...
+    pattern_bench.errors.UserError: data.size=0 is not possible: give a whole number of at least 1
+
+    Raises:
+        UserError: of the first rule that is broken.
+    """
+    for rule in rules:
+        name = rule.setting.rpartition(".")[2]
+        if name in values:
+            rule.check(values[name])
+
+
+def check_fields(setting: str, values: Mapping[str, Any], rules: Sequence[Rule]) -> None:
+    """Check a group of settings that needs exactly those that have rules.
+
+    >>> check_fields("model.training", {}, [whole_number("model.training.epochs", 1)])
+    Traceback (most recent call last):
+        ...
+    pattern_bench.errors.UserError: model.training needs epochs: give it
+
+    Raises:
+        UserError: where one is missing or unknown, or breaks its rule.
+    """
+    names = [rule.setting.rpartition(".")[2] for rule in rules]
+    if missing := [name for name in names if name not in values]:
+        raise UserError(f"{setting} needs {', '.join(missing)}: give it")
+    if unknown := [str(name) for name in values if name not in names]:
+        raise UserError(f"{setting}.{unknown[0]} is unknown: {did_you_mean(unknown[0], names)}")
+    check_arguments(rules, **values)
+
+
 def check_rules(rules: Iterable[Rule], cfg: DictConfig) -> None:
     """Check a configuration, rule by rule. A setting that it does not have, as of a choice not made, is passed over.
 
@@ -67,6 +103,11 @@ def check_rules(rules: Iterable[Rule], cfg: DictConfig) -> None:
 def is_whole(value: Any) -> bool:
     """Whether a value is an integer; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a word or more."""
+    return isinstance(value, str) and value != ""
 
 
 def is_number(value: Any) -> bool:
@@ -92,6 +133,20 @@ def positive_number(setting: str, *, nullable: bool = False, remedy: str = "give
 def number_from_zero(setting: str, remedy: str) -> Rule:
     """A finite number of at least 0."""
     return Rule(setting, lambda value: is_number(value) and 0 <= value < math.inf, remedy)
+
+
+def text(setting: str, remedy: str, *, nullable: bool = False) -> Rule:
+    """A word or more, and no number, list or group."""
+    return Rule(setting, is_text, remedy, nullable=nullable)
+
+
+def whole_numbers(setting: str, least: int, remedy: str) -> Rule:
+    """A list of whole numbers of at least ``least``."""
+    return Rule(
+        setting,
+        lambda values: isinstance(values, list | tuple) and all(is_whole(v) and v >= least for v in values),
+        remedy,
+    )
 
 
 def boolean(setting: str) -> Rule:

@@ -12,9 +12,50 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import v2
 
+from pattern_bench.configuration.rules import (
+    Rule,
+    boolean,
+    check_arguments,
+    is_number,
+    positive_number,
+    text,
+    whole_number,
+)
 from pattern_bench.storage.cache import Cache
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+LARGEST_SIDE = 2**13
+"""Pixels: an image of this side has a fifth of a gibibyte as colours and three quarters as numbers."""
+RULES = (
+    text("data.name", "give a name"),
+    positive_number("data.fit"),
+    positive_number("data.probe"),
+    positive_number("data.validation"),
+    whole_number("data.limit", 1, nullable=True),
+    whole_number("data.batch_size", 1),
+    whole_number("data.workers", 0),
+    boolean("data.strict"),
+)
+"""Of the settings that all data sets have."""
+FILES = (
+    text("data.root", "give a folder"),
+    text("data.validation_root", "give a folder, or null to draw validation images from data.root", nullable=True),
+    whole_number("data.size", 1, remedy=f"give the side in pixels, 1 to {LARGEST_SIDE}"),
+    Rule("data.size", lambda size: size <= LARGEST_SIDE, f"give at most {LARGEST_SIDE}", "is too large for a network"),
+    boolean("data.download"),
+)
+"""Of those that several data sets of files have."""
+DRAWN = (
+    whole_number("data.samples", 2),
+    whole_number("data.data_seed", 0),
+    Rule(
+        "data.data_seed", lambda seed: seed < 2**63, f"give one below 2**63 = {2**63}", "is too large for a generator"
+    ),
+    Rule("data.angle", lambda angle: is_number(angle) and abs(angle) < 1e9, "give degrees, such as 45"),
+)
+"""Of those that data sets which are drawn have."""
 
 
 class Pool:
@@ -78,6 +119,9 @@ class Source:
         batch_size: images per forward pass.
         workers: processes that decode images; 0 decodes in the job itself.
         strict: stop at the first unreadable image instead of counting and leaving out.
+
+    Raises:
+        UserError: where one of these is not possible.
     """
 
     regression = False
@@ -98,6 +142,10 @@ class Source:
         workers: int,
         strict: bool,
     ) -> None:
+        check_arguments(
+            RULES, name=name, fit=fit, probe=probe, validation=validation, limit=limit, batch_size=batch_size,
+            workers=workers, strict=strict,
+        )  # fmt: skip
         self.name = name
         self.fit, self.probe, self.validation = fit, probe, validation
         self.limit, self.batch_size, self.workers, self.strict = limit, batch_size, workers, strict

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.utils import download_url
 
-from pattern_bench.data.base import Pool, Source, photograph_transform
+from pattern_bench.configuration.rules import check_arguments
+from pattern_bench.data.base import FILES, Pool, Source, photograph_transform
 from pattern_bench.errors import UserError
 
 # https://www.cs.toronto.edu/~kriz/cifar.html
@@ -40,6 +41,7 @@ class Cifar10(Source):
 
     def __init__(self, *, root: str, download: bool, **common: Any) -> None:
         super().__init__(**common)
+        check_arguments(FILES, root=root, download=download)
         self.root, self.download = root, download
 
     def pools(self) -> tuple[Pool, Pool | None]:

@@ -23,12 +23,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from pattern_bench.data.image_files import is_hidden, suffix_of, suffixes
+from pattern_bench.data.image_files import LINKED, NAMED_AS_IMAGE, NO_FILE, is_hidden, suffix_of, suffixes
 from pattern_bench.storage.cache import Cache, key_of
 
 log = logging.getLogger(__name__)
 
-LISTING_VERSION = 2
+LISTING_VERSION = 3
 # Files whose size and time are compared before a kept listing is used: all of a folder up to this size, of a larger one
 # so many, evenly spaced. A folder's own time shows what was added, removed, renamed or replaced, but not a file that
 # was written anew in its place.
@@ -90,8 +90,8 @@ class Listing:
         labels: the number in ``classes`` of the subfolder that each lies in; -1 for those in no subfolder.
         classes: the subfolders that hold images, sorted.
         fingerprint: a hash of every image's path, size and time of modification.
-        left_out: how many files and folders are no images, by suffix, ``hidden`` and ``unreadable folder``; what lies
-            in hidden folders is not looked at.
+        left_out: how many files and folders are no images, by suffix, or by a reason of ``image_files.REASONS``; what
+            lies in hidden or linked folders is not looked at.
     """
 
     names: Names
@@ -173,10 +173,15 @@ def _walk(root: Path, follow_links: bool) -> tuple[dict[str, Tensor], dict[str, 
             if is_hidden(name):
                 left_out["hidden"] += 1
             elif _is(entry.is_dir):
-                if follow_links or not entry.is_symlink():
-                    visit(path)
+                if entry.is_symlink() and not follow_links:
+                    left_out[LINKED] += 1
+                    continue
+                before = len(columns["ends"])
+                visit(path)
+                if suffix_of(name) in endings and len(columns["ends"]) == before:
+                    left_out[NAMED_AS_IMAGE] += 1
             elif not (_is(entry.is_file) or entry.is_symlink()):
-                continue  # a pipe, a socket, a device
+                left_out[NO_FILE] += 1
             elif (suffix := suffix_of(name)) not in endings:
                 left_out[suffix] += 1
             else:

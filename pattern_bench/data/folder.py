@@ -12,7 +12,8 @@ import PIL
 from PIL import Image
 from torch import Tensor
 
-from pattern_bench.data.base import Pool, Source, photograph_transform
+from pattern_bench.configuration.rules import check_arguments
+from pattern_bench.data.base import FILES, Pool, Source, photograph_transform
 from pattern_bench.data.decode import decode
 from pattern_bench.data.file_index import Names, list_images
 from pattern_bench.data.image_files import OTHER_IMAGES, counted, suffixes
@@ -84,6 +85,7 @@ class Folder(Source):
 
     def __init__(self, *, root: str, validation_root: str | None, size: int, **common: Any) -> None:
         super().__init__(**common)
+        check_arguments(FILES, root=root, validation_root=validation_root, size=size)
         self.root, self.validation_root, self.size = root, validation_root, size
 
     def pools(self) -> tuple[Pool, Pool | None]:

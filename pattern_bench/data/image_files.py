@@ -30,6 +30,13 @@ OTHER_IMAGES = frozenset(
 )  # fmt: skip
 """Suffixes of images that not every Pillow reads: their files are meant, and missed."""
 NO_SUFFIX = "no suffix"
+LINKED, NO_FILE, NAMED_AS_IMAGE = "linked folder", "no file", "folder named as an image"
+REASONS = {
+    "hidden": "hidden or of a system", "unreadable folder": "folders that cannot be read",
+    LINKED: "links to folders, which are not followed", NO_FILE: "pipes, sockets, devices or links",
+    NAMED_AS_IMAGE: "folders that are named as images and hold none",
+}  # fmt: skip
+"""Why files and folders are left out, whatever their suffix, and how that is said of a number of them."""
 
 
 @functools.cache
@@ -77,15 +84,14 @@ def counted(left_out: Mapping[str, int]) -> str:
     '3 files or folders are left out: 2 of types that are no images here (.txt 2), 1 hidden or of a system'
 
     Args:
-        left_out: numbers by suffix, ``hidden`` and ``unreadable folder``.
+        left_out: numbers by suffix, or by a reason of REASONS.
     """
     kinds = Counter(left_out)
-    hidden, folders = kinds.pop("hidden", 0), kinds.pop("unreadable folder", 0)
+    others = {reason: number for reason in REASONS if (number := kinds.pop(reason, 0))}
     parts = []
     if types := kinds.total():
         named = ", ".join(f"{suffix} {number}" for suffix, number in kinds.most_common(8))
         more = f" and {len(kinds) - 8} more types" if len(kinds) > 8 else ""
         parts.append(f"{types} of types that are no images here ({named}{more})")
-    parts += [f"{hidden} hidden or of a system"] if hidden else []
-    parts += [f"{folders} folders that cannot be read"] if folders else []
-    return f"{types + hidden + folders} files or folders are left out: {', '.join(parts)}" if parts else ""
+    parts += [f"{number} {REASONS[reason]}" for reason, number in others.items()]
+    return f"{types + sum(others.values())} files or folders are left out: {', '.join(parts)}" if parts else ""

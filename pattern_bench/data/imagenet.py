@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
-from pattern_bench.data.base import Pool, Source, photograph_transform
+from pattern_bench.configuration.rules import check_arguments
+from pattern_bench.data.base import FILES, Pool, Source, photograph_transform
 from pattern_bench.data.decode import decode
 from pattern_bench.data.file_index import Names, list_images
 from pattern_bench.data.image_files import counted, is_hidden
@@ -107,6 +108,7 @@ class ImageNet(Source):
 
     def __init__(self, *, root: str, size: int, **common: Any) -> None:
         super().__init__(**common)
+        check_arguments(FILES, root=root, size=size)
         self.root, self.size = root, size
 
     def pools(self) -> tuple[Pool, Pool | None]:

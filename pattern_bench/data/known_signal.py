@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pattern_bench.configuration.rules import Rule, name_among, number_from_zero, whole_number
-from pattern_bench.data.base import Pool, Source, TensorPool
+from pattern_bench.configuration.rules import Rule, check_arguments, name_among, number_from_zero, whole_number
+from pattern_bench.data.base import DRAWN, Pool, Source, TensorPool
 
 SCENARIOS = ("linear", "multiplicative", "translation")
 UNITS = 8
@@ -198,6 +198,7 @@ class Known(Source):
     ) -> None:
         super().__init__(**common)
         check(scenario, side, signal, suppressor, samples)
+        check_arguments(DRAWN, data_seed=data_seed)
         self.settings = (scenario, side, signal, suppressor, samples, data_seed)
         if scenario == "linear":
             t, l = _fixed(side)

@@ -32,11 +32,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pattern_bench.configuration.rules import Rule, is_whole
-from pattern_bench.data.base import Pool, Source, photograph_transform
+from pattern_bench.configuration.rules import Rule, check_arguments, is_text, is_whole, whole_number
+from pattern_bench.data.base import FILES, Pool, Source, photograph_transform
 from pattern_bench.data.decode import decode
 from pattern_bench.data.file_index import Names, numbers, tensor_of
-from pattern_bench.data.image_files import NO_SUFFIX, counted, is_hidden, suffixes
+from pattern_bench.data.image_files import NO_FILE, NO_SUFFIX, counted, is_hidden, suffixes
 from pattern_bench.data.remote import File, Store, describe, find, plain, read_part
 from pattern_bench.errors import UserError
 from pattern_bench.storage.cache import Cache, key_of
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 Index = tuple[dict[str, Tensor], dict[str, str]]
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 ROUND_TRIP_BYTES = 4 * 2**20
 """Bytes of a download that arrive in the time of one request, which is what a single image of a remote shard costs. A
 shard is downloaded when its single images have cost what the download does."""
@@ -246,6 +246,9 @@ def read_index(file: BinaryIO, name: str) -> Index:
             if any(map(is_hidden, member.name.split("/"))):
                 left_out["hidden"] += 1
                 continue
+            if not member.isreg() or member.issparse():
+                left_out[NO_FILE] += 1
+                continue
             stem, ending = _key(member.name)
             if stem != key:
                 keep(image, label)
@@ -278,7 +281,7 @@ def _key(name: str) -> tuple[str, str]:
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar file, by its headers alone.
+    """The files, links and devices in a tar file, by its headers alone.
 
     Raises:
         tarfile.ReadError: where it ends, and not as tar files do.
@@ -295,7 +298,7 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 end = member.offset_data + member.size
                 if end > length:
                     raise tarfile.ReadError("unexpected end of data")
-                if member.isreg() and not member.issparse():
+                if not member.isdir():
                     yield member
             file.seek(shard.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -323,12 +326,18 @@ def _label(file: BinaryIO, member: tarfile.TarInfo, shard: str) -> int:
     return value
 
 
-SHARDS_KEPT = Rule(
-    "data.shards_kept",
-    lambda count: is_whole(count) and count >= 1,
-    "give at least 1, better 4",
-    problem="leaves no room to read",
-)
+def _places(value: Any) -> bool:
+    return is_text(value) or (isinstance(value, list | tuple) and bool(value) and all(map(is_text, value)))
+
+
+RULES = (
+    Rule("data.root", _places, "give paths or URLs of tar files"),
+    Rule("data.validation_root", _places, "give paths or URLs of tar files, or null to draw validation images from "
+         "data.root", nullable=True),
+    whole_number("data.classes", 1, nullable=True),
+    Rule("data.shards_kept", lambda count: is_whole(count) and count >= 1, "give at least 1, better 4",
+         problem="leaves no room to read"),
+)  # fmt: skip
 
 
 class Shards(Source):
@@ -343,7 +352,7 @@ class Shards(Source):
         size: side of the input for models that bring no transform of their own.
 
     Raises:
-        UserError: where ``shards_kept`` is not possible.
+        UserError: where one of these is not possible.
     """
 
     def __init__(
@@ -357,7 +366,10 @@ class Shards(Source):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        SHARDS_KEPT.check(shards_kept)
+        check_arguments(
+            RULES, root=root, validation_root=validation_root, classes=classes, shards_kept=shards_kept
+        )  # fmt: skip
+        check_arguments(FILES, size=size)
         self.root, self.validation_root, self.classes = root, validation_root, classes
         self.shards_kept, self.size = shards_kept, size
 

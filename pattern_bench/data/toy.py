@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from pattern_bench.data.base import Pool, Source, TensorPool
+from pattern_bench.configuration.rules import check_arguments
+from pattern_bench.data.base import DRAWN, Pool, Source, TensorPool
 
 
 class Toy(Source):
@@ -27,6 +28,7 @@ class Toy(Source):
 
     def __init__(self, *, samples: int, angle: float, data_seed: int, **common: Any) -> None:
         super().__init__(**common)
+        check_arguments(DRAWN, samples=samples, angle=angle, data_seed=data_seed)
         self.samples, self.angle, self.data_seed = samples, angle, data_seed
         self.signal = torch.tensor([1.0, 0.0], dtype=torch.float64)
 

@@ -26,7 +26,8 @@ class _Windowed(Method):
 
     def __init__(self, model: nn.Module, window: int | None, stride: int | None, batch_size: int) -> None:
         super().__init__(model)
-        for setting, value in (("window", window), ("stride", stride), ("batch_size", batch_size)):
+        self._check_whole("batch_size", batch_size)
+        for setting, value in (("window", window), ("stride", stride)):
             if value is not None:
                 self._check_whole(setting, value)
         self.window, self.stride, self.batch_size = window, stride, batch_size

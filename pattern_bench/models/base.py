@@ -18,7 +18,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pattern_bench.configuration.rules import Rule, is_whole
+from pattern_bench.configuration.rules import (
+    Rule,
+    boolean,
+    check_arguments,
+    check_fields,
+    is_whole,
+    positive_number,
+    text,
+    whole_number,
+)
 from pattern_bench.core.network import without_weights
 from pattern_bench.errors import UserError
 
@@ -50,12 +59,25 @@ class Training:
     batch_size: int
 
 
-OUTPUT = Rule(
-    "model.output",
-    lambda output: isinstance(output, str) or is_whole(output),
-    "give the key or the index of an output, or null",
-    nullable=True,
+RULES = (
+    text("model.name", "give a name"),
+    text("model.weights", "give a file or the name of weights, or null for none", nullable=True),
+    Rule("model.training", lambda how: isinstance(how, Mapping), "give epochs, learning_rate and batch_size, or null",
+         nullable=True),
+    boolean("model.classifier"),
+    Rule("model.output", lambda output: isinstance(output, str) or is_whole(output),
+         "give the key or the index of an output, or null", nullable=True),
+)  # fmt: skip
+TRAINING_RULES = (
+    whole_number("model.training.epochs", 1),
+    positive_number("model.training.learning_rate"),
+    whole_number("model.training.batch_size", 1),
 )
+LIBRARY = (
+    text("model.architecture", "give the name that the library has for it"),
+    text("model.part", "give the name of a child module, or null for the whole network", nullable=True),
+)
+"""Of models of a library."""
 
 
 class ModelSource:
@@ -70,7 +92,7 @@ class ModelSource:
         output: which of several outputs are the logits, a key or an index; None for the only one.
 
     Raises:
-        UserError: where ``output`` is neither.
+        UserError: where one of these is not possible.
     """
 
     def __init__(
@@ -83,7 +105,9 @@ class ModelSource:
         output: str | int | None = None,
     ) -> None:
         self.name, self.weights, self.classifier, self.output = name, weights, classifier, output
-        OUTPUT.check(output)
+        check_arguments(RULES, name=name, weights=weights, training=training, classifier=classifier, output=output)
+        if training is not None:
+            check_fields("model.training", training, TRAINING_RULES)
         self.training = None if training is None or weights is not None else Training(**training)
 
     def module(self, sample: Tensor, classes: int | None) -> nn.Module:

@@ -8,8 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from pattern_bench.configuration.importing import import_object
+from pattern_bench.configuration.rules import Rule, check_arguments, text
 from pattern_bench.errors import UserError
 from pattern_bench.models.base import ModelSource
+
+RULES = (
+    text("model.path", "give package.module.Class"),
+    Rule("model.arguments", lambda given: isinstance(given, Mapping), "give keyword arguments, or {} for none"),
+)
 
 
 class ImportedModel(ModelSource):
@@ -21,10 +27,11 @@ class ImportedModel(ModelSource):
         arguments: keyword arguments for it.
 
     Raises:
-        UserError: where ``path`` cannot be imported.
+        UserError: where ``path`` cannot be imported, or an argument is not possible.
     """
 
     def __init__(self, *, path: str, arguments: Mapping[str, Any], **common: Any) -> None:
+        check_arguments(RULES, path=path, arguments=arguments)
         super().__init__(**common)
         self.path, self.arguments = path, dict(arguments)
         self.factory = import_object("model.path", path)

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pattern_bench.configuration.rules import Rule, is_number, is_whole, whole_number
+from pattern_bench.configuration.rules import Rule, boolean, check_arguments, is_number, whole_number, whole_numbers
 from pattern_bench.errors import UserError
 from pattern_bench.models.base import ModelSource
 
 SIZES = "give whole numbers of at least 1"
 VGG_RULES = (
     whole_number("model.width", 1, remedy=SIZES),
-    Rule("model.blocks", lambda sizes: all(is_whole(size) and size > 0 for size in sizes), SIZES),
-    Rule("model.dense", lambda sizes: all(is_whole(size) and size > 0 for size in sizes), SIZES),
+    whole_numbers("model.blocks", 1, SIZES),
+    whole_numbers("model.dense", 1, SIZES),
+    boolean("model.batch_norm"),
     Rule("model.dropout", lambda share: is_number(share) and 0 <= share < 1, "give a probability below 1, 0 for none"),
 )
 
@@ -47,10 +48,9 @@ class VGG(ModelSource):
         **common: Any,
     ) -> None:
         super().__init__(**common)
+        check_arguments(VGG_RULES, width=width, blocks=blocks, dense=dense, batch_norm=batch_norm, dropout=dropout)
         self.width, self.blocks, self.dense, self.batch_norm = width, list(blocks), list(dense), batch_norm
         self.dropout = dropout
-        for rule, value in zip(VGG_RULES, (width, self.blocks, self.dense, dropout), strict=True):
-            rule.check(value)
 
     def module(self, sample: Tensor, classes: int | None) -> nn.Module:
         least = 2 ** len(self.blocks)

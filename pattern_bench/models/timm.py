@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pattern_bench.configuration.rules import check_arguments
 from pattern_bench.errors import UserError, did_you_mean
-from pattern_bench.models.base import ModelSource, names_a_file
+from pattern_bench.models.base import LIBRARY, ModelSource, names_a_file
 
 
 class TimmModel(ModelSource):
@@ -24,6 +25,7 @@ class TimmModel(ModelSource):
     """
 
     def __init__(self, *, architecture: str, weights: str | None, **common: Any) -> None:
+        check_arguments(LIBRARY, architecture=architecture)
         super().__init__(weights=weights, **common)
         try:
             timm: Any = importlib.import_module("timm")

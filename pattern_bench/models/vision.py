@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from pattern_bench.configuration.rules import check_arguments
 from pattern_bench.errors import UserError, did_you_mean
-from pattern_bench.models.base import ModelSource, load_weights, names_a_file, read_weights, unwrapped
+from pattern_bench.models.base import LIBRARY, ModelSource, load_weights, names_a_file, read_weights, unwrapped
 
 # What torchvision's own builders set, besides the weights, when they are given weights.
 _WITH_WEIGHTS: dict[str, dict[str, Any]] = {
@@ -36,6 +37,7 @@ class TorchvisionModel(ModelSource):
     """
 
     def __init__(self, *, architecture: str, weights: str | None, part: str | None, **common: Any) -> None:
+        check_arguments(LIBRARY, architecture=architecture, part=part)
         super().__init__(weights=weights, **common)
         known = models.list_models(module=models)
         if architecture not in known:

@@ -14,6 +14,7 @@ from PIL import Image
 from pattern_bench.reporting.blocks import Picture
 from pattern_bench.reporting.runs import Pictures, Run
 from pattern_bench.results.labels import plain
+from pattern_bench.storage.untrusted import regular
 
 PICTURE_WIDTH = 1600
 MOST_PICTURE_BYTES = 30 * 2**20
@@ -23,7 +24,7 @@ def pictures(runs: Iterable[Run], galleries: Iterable[Pictures]) -> list[Picture
     """Return the pictures of galleries, of sanity checks and of each run's explanations, as many as the page has room
     for."""
     wanted = [entry for gallery in galleries for entry in _of_gallery(gallery)]
-    wanted += [_of_run(run) for run in runs if (run.folder / "explanations.png").is_file()]
+    wanted += [_of_run(run) for run in runs if (run.folder / "explanations.png").exists()]
     room = MOST_PICTURE_BYTES
     shown: dict[tuple[str, str], Picture] = {}
     for file, name, heading, alt, caption in wanted:
@@ -96,7 +97,7 @@ def _of_run(run: Run) -> Wanted:
 
 def _embedded(file: Path) -> tuple[str, int, int]:
     """Return a picture as data URI, made smaller where it is wider than a page, with its width and height."""
-    with Image.open(file) as opened:
+    with Image.open(regular(file)) as opened:
         picture = opened.convert("RGB")
     if picture.width > PICTURE_WIDTH:
         picture = picture.resize((PICTURE_WIDTH, max(1, picture.height * PICTURE_WIDTH // picture.width)))

@@ -38,6 +38,8 @@ def folders_of(names: Sequence[str]) -> Iterator[list[tuple[Path, str]]]:
     with tempfile.TemporaryDirectory(prefix="pattern_bench-") as temporary:
         folders = []
         for place, name in enumerate(names):
+            if name.strip("/") == WANDB.strip("/"):
+                raise UserError(f"DIR={name} names no W&B project: give {WANDB}ENTITY/PROJECT")
             if name.startswith(WANDB):
                 from pattern_bench.tracking.wandb_server import download
 

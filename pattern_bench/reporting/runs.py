@@ -17,13 +17,14 @@ from typing import Any, NoReturn
 import pandas as pd
 
 from pattern_bench.errors import UserError
+from pattern_bench.reporting import whole
 from pattern_bench.reporting.sweeps import COMMANDS, kind_of_run, read_overrides
-from pattern_bench.results.schema import BOOTSTRAP_COLUMNS, DEGRADATION_COLUMNS, RHO_COLUMNS, from_cell
-from pattern_bench.storage.untrusted import UNREADABLE, read_json, read_yaml
+from pattern_bench.results.schema import AREA_COLUMNS, BOOTSTRAP_COLUMNS, DEGRADATION_COLUMNS, RHO_COLUMNS, from_cell
+from pattern_bench.storage.untrusted import UNREADABLE, present, read_json, read_yaml, regular
 
 TYPES: dict[str, Any] = {
     "layer_index": int, "neuron": int, "rho": float, "dead": bool, "step": int, "probability_mean": float,
-    "probability_std": float, "n": int, "resample": int, "mean": float, "median": float,
+    "probability_std": float, "n": int, "resample": int, "mean": float, "median": float, "area": float,
 }  # fmt: skip
 """Of the columns that are no names."""
 JOB = "pattern_bench"
@@ -134,7 +135,7 @@ def read_runs(below: RunFolders) -> list[Run]:
 
 
 def _content(folder: Path) -> str:
-    parts = [(folder / name).read_bytes() for name in (COMMANDS[JOB], "rho.csv", "degradation.csv")]
+    parts = [regular(folder / name).read_bytes() for name in (COMMANDS[JOB], "rho.csv", "degradation.csv")]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
@@ -152,8 +153,13 @@ def read_run(folder: Path, name: str) -> Run:
         degradation = _table(folder / "degradation.csv", DEGRADATION_COLUMNS)
         drawn = folder / "bootstrap.csv"
         bootstrap = (
-            _table(drawn, BOOTSTRAP_COLUMNS) if drawn.is_file() else pd.DataFrame(columns=list(BOOTSTRAP_COLUMNS))
+            _table(drawn, BOOTSTRAP_COLUMNS) if present(drawn) else pd.DataFrame(columns=list(BOOTSTRAP_COLUMNS))
         )
+        whole.check_rho(rho, summary)
+        whole.check_bootstrap(bootstrap, rho)
+        whole.check_degradation(degradation, summary)
+        if present(folder / "areas.csv"):  # earlier versions wrote none
+            whole.check_areas(_table(folder / "areas.csv", AREA_COLUMNS), degradation, summary)
         ended = (folder / COMMANDS[JOB]).stat().st_mtime
         if "ended" in summary:
             ended = datetime.fromisoformat(summary["ended"]).timestamp()
@@ -174,7 +180,7 @@ def _summary(file: Path) -> dict[str, Any]:
 
 def _accuracy(file: Path) -> dict[str, Any]:
     """Empty where there is none."""
-    if not file.is_file():
+    if not present(file):
         return {}
     accuracy = read_json(file)
     _check_fields(file, accuracy, {name: _is_text for name in ("model", "data", "skipped")})
@@ -263,7 +269,7 @@ def read_settings(file: Path) -> dict[str, str]:
     Raises:
         ValueError, yaml.YAMLError: where it is damaged.
     """
-    if not file.is_file():
+    if not present(file):
         return {}
     content = read_yaml(file)
     if not isinstance(content, dict):
@@ -297,6 +303,7 @@ def _table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
     Raises:
         ValueError: where a column is missing or holds what it cannot.
     """
+    regular(file)
     # A model may be called null, or NA: only a number can be missing.
     missing: dict[str, Any] = {"keep_default_na": False, "na_values": {name: ["", "nan", "NaN"] for name in TYPES}}
     # Names as categories: of a million rows, a million strings would be most of the time and memory.

@@ -24,7 +24,7 @@ from pattern_bench.configuration.resumed_overrides import is_override, may_be_ta
 from pattern_bench.errors import UserError
 from pattern_bench.results.complete_run import COMMANDS
 from pattern_bench.results.labels import estimators
-from pattern_bench.storage.untrusted import UNREADABLE, read_yaml
+from pattern_bench.storage.untrusted import UNREADABLE, present, read_yaml
 
 MOST_JOBS = 100_000
 """Of a sweep: a range in somebody's folder can be as long as it likes."""
@@ -93,9 +93,9 @@ def read_overrides(folder: Path) -> tuple[str, ...] | None:
         UserError: where the file is damaged.
     """
     file = folder / ".hydra" / "overrides.yaml"
-    if not file.is_file():
-        return None
     try:
+        if not present(file):
+            return None
         content = read_yaml(file)
         if not isinstance(content, list):
             raise ValueError("it is no list")

@@ -17,15 +17,33 @@ UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, Recursio
 """The exceptions that reading a damaged file can raise."""
 
 
+def regular(file: Path) -> Path:
+    """Return a file that is one: what is read of others may be a pipe or a device, whose reading would never end.
+
+    Raises:
+        FileNotFoundError: where it is none.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.name} is no file")
+    return file
+
+
+def present(file: Path) -> bool:
+    """Return whether there is a file.
+
+    Raises:
+        FileNotFoundError: where there is something else of its name.
+    """
+    return file.exists() and regular(file) == file
+
+
 def read_text(file: Path) -> str:
     """Read a text file in UTF-8.
 
     Raises:
         OSError, ValueError: where it cannot be read, is longer than MOST_BYTES, or is no text.
     """
-    if not file.is_file():  # a pipe would never end
-        raise FileNotFoundError(f"{file.name} is no file")
-    if file.stat().st_size > MOST_BYTES:
+    if regular(file).stat().st_size > MOST_BYTES:
         raise ValueError(f"{file.name} has more than {MOST_BYTES >> 20} MiB")
     return file.read_text(encoding="utf-8")
 

@@ -1,9 +1,12 @@
 """The entry of all commands: which errors are one line, and which a traceback."""
 
+import subprocess
+import sys
+
 import pytest
 
 from pattern_bench.commands import entry
-from pattern_bench.commands.entry import run_command
+from pattern_bench.commands.entry import run_command, say
 from pattern_bench.errors import UserError
 
 
@@ -53,3 +56,22 @@ def test_what_is_no_mistake_of_the_users_is_raised(error):
 def test_without_an_explanation_only_user_errors_are_one_line():
     with pytest.raises(OSError, match="No space"):
         run_command(failing(OSError(28, "No space left on device")))
+
+
+@pytest.mark.parametrize(("how", "why"), [
+    ("say('results: r', 'the run in r is complete')", "; the run in r is complete"), ("print('x' * 99999)", ""),
+])  # fmt: skip
+def test_a_full_standard_output_is_named_and_nothing_else(how, why):
+    code = f"from pattern_bench.commands.entry import *; run_command(lambda: {how}, lambda error: 'the folder')"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    said = f"error: standard output cannot be written (No space left on device): send it elsewhere{why}\n"
+    assert (ended.returncode, ended.stderr) == (1, said)
+
+
+def test_a_closed_standard_output_is_named(monkeypatch, capsys):
+    say("seen")
+    assert capsys.readouterr().out == "seen\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(UserError, match=r"^standard output cannot be written \(it is closed\): send .*; done$"):
+        say("unseen", "done")

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import socket
 import tarfile
 
 import numpy as np
@@ -139,3 +140,32 @@ def test_counts_read_as_a_sentence():
     assert suffix_of(".jpg") == suffix_of("jpg") == suffix_of("a.") == "no suffix"
     with pytest.raises(OSError, match="PostScript"):
         decode(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"))
+
+
+def test_what_is_no_file_is_counted_too(tmp_path, caplog, monkeypatch):
+    root = tmp_path / "root"
+    picture(root / "a" / "0.jpg")
+    (root / "a" / "empty.png").mkdir()
+    picture(root / "b.png" / "0.jpg")  # a folder of images all the same
+    os.mkfifo(root / "a" / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as listening:
+        monkeypatch.chdir(root)  # its name may have a hundred bytes
+        listening.bind("socket.png")
+    (root / "a" / "up").symlink_to(root)
+    pool = FolderPool(str(root), "data.root")
+    assert list(pool.ids) == ["a/0.jpg", "b.png/0.jpg"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "data.root: 4 files or folders are left out: 1 links to folders, which are not followed, 2 pipes, sockets, "
+        "devices or links, 1 folders that are named as images and hold none"
+    ]
+
+
+def test_links_and_pipes_in_shards_are_counted():
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.jpg", tarfile.FIFOTYPE), ("c.jpg", tarfile.DIRTYPE)):
+            entry = tarfile.TarInfo(name)
+            entry.type = kind
+            tar.addfile(entry)
+    content.seek(0)
+    assert read_index(content, "s.tar")[1]["left_out"] == '{"no file": 2}'

@@ -182,6 +182,8 @@ def test_criteria_and_probes_are_tables_of_their_own(tmp_path):
     descent = make_run(tmp_path / "descent", estimator="a_plus_minus", dead=[5])
     table = pd.read_csv(descent / "rho.csv").assign(probe="sgd")
     table.to_csv(descent / "rho.csv", index=False)
+    summary = json.loads((descent / "summary.json").read_text())
+    (descent / "summary.json").write_text(json.dumps({**summary, "probe": "sgd"}))
     gathered = gather_from(tmp_path)
     table = rho_table(gathered.rho, gathered.bootstrap).set_index(["model", "criterion", "probe", "estimator"]).left_out
     assert (table["net", "all", "closed_form", "w"] == 1).all()
