@@ -57,7 +57,6 @@ class Estimator:
     ...     name = "ones"
     ...     label = "S_1"
     ...     place = 5
-    ...     colour = "orange"
     ...
     ...     def fit(self, weight, moments, generator):
     ...         a = torch.ones_like(weight) / weight.sum(1, keepdim=True)
@@ -122,7 +121,7 @@ class Random(Estimator):
 
     def fit(self, weight: Tensor, moments: Moments, generator: torch.Generator) -> Pattern:
         v = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
-        return _one_regime(*_normalised(v, weight))
+        return one_regime(*normalised(v, weight))
 
 
 class Identity(Estimator):
@@ -155,7 +154,7 @@ class Filter(Estimator):
     colour = "green"
 
     def fit(self, weight: Tensor, moments: Moments, generator: torch.Generator) -> Pattern:
-        return _one_regime(*_normalised(weight, weight))
+        return one_regime(*normalised(weight, weight))
 
 
 class Linear(Estimator):
@@ -177,7 +176,7 @@ class Linear(Estimator):
     from_data = True
 
     def fit(self, weight: Tensor, moments: Moments, generator: torch.Generator) -> Pattern:
-        return _one_regime(*_normalised(moments.cov_xu, weight))
+        return one_regime(*normalised(moments.cov_xu, weight))
 
 
 class TwoRegimes(Estimator):
@@ -210,7 +209,7 @@ class TwoRegimes(Estimator):
 
         def regime(xu: Tensor, x: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
             numerator = (xu - x * mean_u) / count.clamp(min=1)[:, None]
-            pattern, defined = _normalised(numerator, weight)
+            pattern, defined = normalised(numerator, weight)
             defined &= count > 0
             return pattern * defined[:, None], defined
 
@@ -228,13 +227,26 @@ def by_name() -> dict[str, type[Estimator]]:
     return classes_by_name(Estimator, "pattern_bench.core")
 
 
-def _normalised(direction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``direction / wᵀdirection`` (N, D), and where that is defined (N,); zero elsewhere."""
+def normalised(direction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``direction / wᵀdirection`` (N, D), and where that is defined (N,) bool; zero elsewhere.
+
+    Args:
+        direction: (N, D), float64, of any length.
+        weight: (N, D).
+
+    >>> normalised(torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 3.0]]))
+    (tensor([[0.2500, 0.2500]]), tensor([True]))
+    """
     denominator = (weight * direction).sum(1)
     defined = denominator.abs() > VANISHING * weight.norm(dim=1) * direction.norm(dim=1)
     safe = torch.where(defined, denominator, 1.0)
     return torch.where(defined[:, None], direction / safe[:, None], 0.0), defined
 
 
-def _one_regime(pattern: Tensor, defined: Tensor) -> Pattern:
+def one_regime(pattern: Tensor, defined: Tensor) -> Pattern:
+    """Return (N, D) as the patterns of neurons that fire and that do not; those not ``defined`` (N,) are dead.
+
+    >>> one_regime(torch.ones(1, 2), torch.tensor([True])).dead
+    tensor([False])
+    """
     return Pattern(pattern, pattern, ~defined)

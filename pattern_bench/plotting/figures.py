@@ -297,6 +297,9 @@ def draw_similarity(table: pd.DataFrame, path: Path, title: str, xlabel: str, yl
         lowest = min(0.0, chosen["mean"].min())
         axis.set(ylabel=ylabel, ylim=(lowest - 0.08, 1.05))
         axis.set_xticks(range(len(order)), order, rotation=90, fontsize=7 if len(order) > 12 else 8)
+    for axis in axes.flat[len(ylabels) :]:  # an odd number of measures leaves a panel over
+        axis.set_visible(False)
+        axes[-2][-1].tick_params(labelbottom=True)
     axes[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.supxlabel(xlabel, fontsize=9)
     figure.suptitle(title, fontsize=10)
