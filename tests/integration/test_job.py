@@ -187,6 +187,7 @@ def test_the_criterion_is_named_in_the_results_and_changes_them(run_job):
     assert (tables["all"].rho - tables["rectified"].rho).abs().mean() > 0.01
 
 
+@pytest.mark.slow
 def test_every_method_has_its_curve_in_one_figure(run_job, tmp_path):
     """Pattern-free methods stand under estimator none; what differs from the paper's protocol is in the name."""
     few = [*SMALL, "degradation.images=4", "explanation.images=2"]

@@ -52,7 +52,8 @@ def in_processes(command_in, cache_dir, tmp_path_factory):
     return start
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_one_two_and_four_processes_agree(in_processes, count):
     """Statistics and curves to 1e-6, the ρ of the SGD probe to 0.01."""
     alone, together = in_processes(1), in_processes(count)

@@ -308,6 +308,7 @@ KEY, PASSWORD = "0123456789abcdef0123456789abcdef01234567", "pass-word-in-a-url"
 FEW = ["data.limit=100", "model.training.epochs=1", "degradation.images=2", "explanation.images=2"]
 
 
+@pytest.mark.slow
 def test_no_key_is_written_anywhere(tmp_path, cache_dir):
     """W&B's key in the environment and in netrc, and passwords in the URLs of its server and of a proxy. The server
     does not answer, so the run is offline."""

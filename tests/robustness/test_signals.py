@@ -142,7 +142,8 @@ def test_galleries_and_sanity_checks_obey_too(tmp_path, cache_dir, module, stage
     assert json.loads((tmp_path / "run" / f"{module}.json").read_text())
 
 
-@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_a_sweep_ends_and_does_not_go_on_with_its_next_job(tmp_path, cache_dir, launcher):
     sweep = [*JOB, "estimator=w,a", "hydra.sweep.dir=sweep", f"hydra/launcher={launcher}", "-m"]
     job = start(tmp_path, *sweep, cache=cache_dir, at="accuracy:wait")
@@ -159,6 +160,7 @@ def test_a_sweep_ends_and_does_not_go_on_with_its_next_job(tmp_path, cache_dir, 
         assert not [*tmp_path.glob("sweep/1-*")]
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_nothing_holds_up_the_end(tmp_path):
     """One that comes while a long operation of C has the main thread, and an end that does not end."""
     program = """

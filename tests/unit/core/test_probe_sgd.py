@@ -201,6 +201,7 @@ def test_where_neurons_fire_the_closed_form_agrees_with_descent(run_job):
     assert ((wide.sgd - wide.closed_form).abs() < 0.02).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_where_neurons_fire_rho_has_standard_errors_and_its_moments_are_cached(run_job):
     settings = ["criterion=positive", "estimator=a", "bootstrap.resamples=4", "bootstrap.chunks=3", "probe.neurons=5"]
     first, second = (run_job(*settings, "layer=features.2") for _ in range(2))

@@ -29,8 +29,8 @@ def test_split_sizes_are_shares_or_counts(configure):
     [
         (["data.fit=1700"], r"data.fit=1700.* ask for 2778 images, but data=digits has 1797"),
         (["data.limit=5"], r"fewer than 2 images .*data.limit=5"),
-        (["data.limit=0"], r"data.limit=0 leaves no image"),
-        (["data.probe=-0.1"], r"data.probe=-0.1 is no split size"),
+        (["data.limit=0"], r"data.limit=0 is not possible: give a whole number of at least 1"),
+        (["data.probe=-0.1"], r"data.probe=-0.1 is not possible: give a positive number"),
         (["data.fit=2.5"], r"data.fit=2.5 is no split size"),
     ],
 )
