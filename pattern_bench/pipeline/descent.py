@@ -32,7 +32,7 @@ from pattern_bench.pipeline.run_pass import Visited, stream_over
 from pattern_bench.pipeline.setup import Setup
 from pattern_bench.pipeline.stage import Done, Result, Stage
 from pattern_bench.processes import collectives
-from pattern_bench.storage.stage_state import Partial
+from pattern_bench.storage.stage_state import StageState
 from pattern_bench.storage.tensor_files import checksum
 
 ROUND = 100
@@ -118,7 +118,7 @@ def _module(setup: Setup, device: torch.device, patterns: Mapping[str, Pattern])
     return ReaderDescent(setup.model, readers, cfg.learning_rate, cfg.steps, batches)
 
 
-def _state(setup: Setup, machine: Machine, patterns: Mapping[str, Pattern]) -> Partial:
+def _state(setup: Setup, machine: Machine, patterns: Mapping[str, Pattern]) -> StageState:
     used = {f"{layer}/{part}": tensor for layer, p in patterns.items() for part, tensor in vars(p).items()}
     parts = {
         "version": DESCENT_VERSION, "model": setup.model_key, "images": setup.splits["probe"].fingerprint,

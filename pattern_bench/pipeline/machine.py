@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from pattern_bench.engine.progress import Bar, LightningBar
 from pattern_bench.engine.trainer import make_trainer
 from pattern_bench.storage.cache import Cache, key_of
-from pattern_bench.storage.stage_state import Partial
+from pattern_bench.storage.stage_state import StageState
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,6 @@ class Machine:
         """The part of every key that says how products are rounded, where that is not as usual."""
         return {"tf32": True} if self.trainer_settings.get("tf32") else {}
 
-    def unfinished(self, stage: str, **parts: Any) -> Partial:
+    def unfinished(self, stage: str, **parts: Any) -> StageState:
         """The unfinished state of a stage, which depends on ``parts``."""
-        return Partial(self.folder, stage, key_of(**{**parts, **self.rounding}), self.checkpoint_seconds)
+        return StageState(self.folder, stage, key_of(**{**parts, **self.rounding}), self.checkpoint_seconds)

@@ -15,7 +15,7 @@ from pattern_bench.engine.progress import Bar
 from pattern_bench.engine.streams import Seen, Stream
 from pattern_bench.pipeline.machine import Machine
 from pattern_bench.processes import collectives, signals
-from pattern_bench.storage.stage_state import Partial
+from pattern_bench.storage.stage_state import StageState
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Visited:
 class _KeepState(pl.Callback):
     """Keeps a stream's state after some of its batches."""
 
-    def __init__(self, stream: Stream, state: Partial, images: int) -> None:
+    def __init__(self, stream: Stream, state: StageState, images: int) -> None:
         self.stream, self.state, self.images = stream, state, images
 
     def on_predict_batch_end(
@@ -58,7 +58,7 @@ def stream_over(
     source: Source,
     stream: Stream,
     split: Split,
-    state: Partial,
+    state: StageState,
     bar: Bar,
     batch_size: int | None = None,
     keep: bool = True,

@@ -46,7 +46,7 @@ def keep(path: Path, write: Callable[[], object]) -> bool:
         return False
 
 
-class Partial:
+class StageState:
     """The state of one stage in one process, a file that is whole or missing.
 
     Args:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pattern_bench.errors import UserError
 from pattern_bench.pipeline.job import run
-from pattern_bench.storage.stage_state import Partial
+from pattern_bench.storage.stage_state import StageState
 
 SMALL = [
     "data.limit=300",
@@ -37,7 +37,7 @@ def interrupted(configure, tmp_path, monkeypatch):
     cut short."""
 
     def start(folder, after, *overrides):
-        save, kept = Partial.save, [0]
+        save, kept = StageState.save, [0]
 
         def save_and_end(self, *arguments):
             save(self, *arguments)
@@ -47,7 +47,7 @@ def interrupted(configure, tmp_path, monkeypatch):
 
         folder.mkdir(exist_ok=True)
         with monkeypatch.context() as patch:
-            patch.setattr(Partial, "save", save_and_end)
+            patch.setattr(StageState, "save", save_and_end)
             try:
                 run(configure("checkpoint.seconds=0", *overrides), folder)
             except Killed:

@@ -28,7 +28,7 @@ from pattern_bench.pipeline.machine import Machine
 from pattern_bench.pipeline.setup import prepare
 from pattern_bench.plotting import figures
 from pattern_bench.storage.cache import Cache
-from pattern_bench.storage.stage_state import Partial
+from pattern_bench.storage.stage_state import StageState
 
 CONFIGS = ("config", "gallery", "sanity")
 
@@ -120,7 +120,7 @@ def keys_of(run_job, monkeypatch, tmp_path):
     """Runs a tiny job in a cache of its own; returns the keys of each stage."""
     found = defaultdict(set)
     caches = (tmp_path / f"cache{number}" for number in itertools.count())
-    load, make = Cache.load, Partial.__init__
+    load, make = Cache.load, StageState.__init__
 
     def loads(self, kind, key, *more):
         found[kind].add(key)
@@ -132,7 +132,7 @@ def keys_of(run_job, monkeypatch, tmp_path):
         make(self, folder, stage, key, seconds)
 
     monkeypatch.setattr(Cache, "load", loads)
-    monkeypatch.setattr(Partial, "__init__", makes)
+    monkeypatch.setattr(StageState, "__init__", makes)
     for name in ("draw_rho", "draw_degradation", "draw_explanations"):
         monkeypatch.setattr(figures, name, lambda *_: False)
 

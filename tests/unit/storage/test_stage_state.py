@@ -6,7 +6,7 @@ import time
 import torch
 
 from pattern_bench.storage import stage_state as partial_module
-from pattern_bench.storage.stage_state import SHARE, Partial
+from pattern_bench.storage.stage_state import SHARE, StageState
 
 
 def test_keeping_takes_its_share_of_the_time_at_most(tmp_path, monkeypatch):
@@ -19,7 +19,7 @@ def test_keeping_takes_its_share_of_the_time_at_most(tmp_path, monkeypatch):
         now[0] += 2.0
 
     monkeypatch.setattr(partial_module, "write_tensors", slow)
-    kept = Partial(tmp_path, "fit", "key", seconds=10)
+    kept = StageState(tmp_path, "fit", "key", seconds=10)
     state = {"x": torch.zeros(1000)}
     saves, batches = 0, 0
     while now[0] < 3600:
@@ -35,7 +35,7 @@ def test_keeping_takes_its_share_of_the_time_at_most(tmp_path, monkeypatch):
 def test_a_large_state_waits_for_its_turn_before_it_was_ever_timed(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(partial_module.time, "monotonic", lambda: now[0])
-    kept = Partial(tmp_path, "fit", "key", seconds=1)
+    kept = StageState(tmp_path, "fit", "key", seconds=1)
     large = {"x": torch.zeros(25_000_000, dtype=torch.float64)}  # 200 MB: a second, it is taken
     now[0] = 30
     kept.save_now_and_then(lambda: large, 1)
