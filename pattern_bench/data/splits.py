@@ -250,15 +250,13 @@ def joined(fit: Split, probe: Split) -> Split:
 
 
 def _drawn(pool: Pool, limit: int | None, generator: torch.Generator) -> Tensor:
-    if limit is not None and limit < 1:
-        raise UserError(f"data.limit={limit} leaves no image: give a positive number, or null for all")
     return torch.randperm(len(pool.ids), generator=generator)[:limit]
 
 
 def _sizes(source: Source, wanted: dict[str, float], images: Tensor) -> list[int]:
     total, ends = 0.0, [0]
     for name, size in wanted.items():
-        if size <= 0 or (size > 1 and size != int(size)):
+        if size > 1 and size != int(size):
             raise UserError(f"data.{name}={size} is no split size: give a share up to 1.0 or a whole number of images")
         # Rounding where splits end, not their sizes, leaves no image over when the shares add up to 1.
         total += size if size > 1 else size * len(images)

@@ -136,12 +136,12 @@ class DegradationStream(RowStream):
 
     def visit(self, images: Tensor, targets: Tensor, positions: Tensor) -> None:
         predicted = answers(self.model, images, positions).argmax(1)
-        ranks = {"random_order": self.random_order[positions.cpu()].to(images.device)} if self.baseline else {}
+        orders = {"random_order": self.random_order[positions.cpu()].to(images.device)} if self.baseline else {}
         for name, method in self.methods.items():
-            ranks[name] = patch_order(method.attribute(images, predicted), self.patch, self.order)
+            orders[name] = patch_order(method.attribute(images, predicted), self.patch, self.order)
         replaced_by = replacement(images, self.patch, self.how, self.value)
         curves = {
-            name: degradation_curve(self.model, images, rank, predicted, self.patch, self.steps, replaced_by)
-            for name, rank in ranks.items()
+            name: degradation_curve(self.model, images, own, predicted, self.patch, self.steps, replaced_by)
+            for name, own in orders.items()
         }
         self.keep(positions, curves)

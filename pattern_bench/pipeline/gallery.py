@@ -19,11 +19,10 @@ from pattern_bench.core.estimators import Estimator
 from pattern_bench.engine.micro_batches import enough_memory
 from pattern_bench.engine.progress import StageProgress
 from pattern_bench.engine.trainer import rounding
-from pattern_bench.methods.base import kind_of
 from pattern_bench.pipeline.gallery_stages import FIGURES, DrawGallery, ExplainImages, Gallery, draw_positions
 from pattern_bench.pipeline.job import check as check_job
 from pattern_bench.pipeline.machine import Machine
-from pattern_bench.pipeline.methods import check_methods, methods_shown
+from pattern_bench.pipeline.methods import any_needs_patterns, check_methods, methods_shown
 from pattern_bench.pipeline.patterns import FitPatternsOfEstimators
 from pattern_bench.pipeline.run_folder import RunFolder, begin, tracked
 from pattern_bench.pipeline.setup import Setup, prepare
@@ -88,7 +87,7 @@ def stages(
 
 def needs_patterns(methods: Mapping[str, Any], estimators: Mapping[str, Estimator]) -> bool:
     """Whether any column shows patterns."""
-    return bool(estimators) or any(kind_of(method).needs_patterns for method in methods.values())
+    return bool(estimators) or any_needs_patterns(methods)
 
 
 def summary(

@@ -17,8 +17,8 @@ from pattern_bench.core.predictions import prediction_of
 from pattern_bench.data.splits import Unreadable
 from pattern_bench.engine.progress import Bar
 from pattern_bench.errors import UserError
+from pattern_bench.methods import by_name as methods_by_name
 from pattern_bench.methods.base import kind_of
-from pattern_bench.methods.patterns import LrpZ
 from pattern_bench.metrics.similarity import unit_scale
 from pattern_bench.pipeline.accuracy import why_no_accuracy
 from pattern_bench.pipeline.machine import Machine
@@ -175,7 +175,7 @@ def tasks(
             elif kind == "signal":
                 listed.append(Task(key, f"{title}: the image", None, {}))
             else:
-                listed.append(Task(key, f"{title}: z-rule", LrpZ, {}))
+                listed.append(Task(key, f"{title}: z-rule", methods_by_name()[kind_of(method).without_patterns], {}))
     return listed
 
 

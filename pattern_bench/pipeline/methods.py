@@ -65,6 +65,11 @@ def methods_shown(cfg: DictConfig, passes: Sequence[str]) -> dict[str, Any]:
     return {name: built[name] for name in names_shown(cfg.show, built, default)}
 
 
+def any_needs_patterns(methods: Mapping[str, Any]) -> bool:
+    """Whether any of the methods shows patterns."""
+    return any(kind_of(method).needs_patterns for method in methods.values())
+
+
 def check_methods(setup: Setup, methods: Mapping[str, Any]) -> None:
     """Make every method once, so that it can refuse its settings before anything is computed.
 

@@ -26,7 +26,7 @@ from pattern_bench.methods.base import kind_of
 from pattern_bench.pipeline.convergence import STARTS, CompareDirections, Convergence
 from pattern_bench.pipeline.job import check as check_job
 from pattern_bench.pipeline.machine import Machine
-from pattern_bench.pipeline.methods import check_methods, methods_shown
+from pattern_bench.pipeline.methods import any_needs_patterns, check_methods, methods_shown
 from pattern_bench.pipeline.patterns import FitPatternsOfEstimators
 from pattern_bench.pipeline.randomisation import Randomisation, RandomiseLayers
 from pattern_bench.pipeline.run_folder import RunFolder, begin, tracked
@@ -52,7 +52,7 @@ class Checked:
     @property
     def needs_patterns(self) -> bool:
         """Whether any of the methods shows patterns."""
-        return any(kind_of(method).needs_patterns for method in self.methods.values())
+        return any_needs_patterns(self.methods)
 
 
 @enough_memory()
@@ -76,7 +76,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         if cfg.start == "classes" and cfg.directions > setup.outputs:
             raise UserError(f"directions={cfg.directions} is more than the {setup.outputs} classes: ask for fewer")
         images = _images(setup.splits["validation"], cfg.images, "images")
-        refits = cfg.refit and any(kind_of(method).needs_patterns for method in methods.values())
+        refits = cfg.refit and any_needs_patterns(methods)
         checked = Checked(methods, images, _images(setup.splits["fit"], cfg.refit, "refit") if refits else None)
     names = {**setup.names, "estimator": setup.estimator.name}
     found_by = {"title": f"{setup.model_name}/{setup.estimator.name}/sanity", **names}

@@ -48,13 +48,18 @@ class Done:
 
     def __init__(self) -> None:
         self._results: dict[type[Result], Result] = {}
-        self.unreadable: list[str] = []
+        self._unreadable: dict[str, None] = {}
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Names of the images, each once, as they came."""
+        return list(self._unreadable)
 
     def add(self, result: Result) -> list[str]:
         """Take a result in; return the names of images that it is the first to have found unreadable."""
         self._results[type(result)] = result
-        fresh = [name for name in dict.fromkeys(result.visited.unreadable) if name not in self.unreadable]
-        self.unreadable += fresh
+        fresh = [name for name in dict.fromkeys(result.visited.unreadable) if name not in self._unreadable]
+        self._unreadable |= dict.fromkeys(fresh)
         return fresh
 
     def __getitem__(self, kind: type[R]) -> R:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import nn
+from torch.utils.data import DataLoader
 
 from pattern_bench.core.memory import fits
 from pattern_bench.data.base import Pool, Source
@@ -71,46 +72,38 @@ def train(
         UserError: where the memory is too small, or the loss is NaN or infinite.
     """
     if collectives.is_rank_zero():
-        _train_here(model, model_source, source, splits, settings, seed, machine, bar)
+        training: Training = model_source.training  # type: ignore[assignment]
+        images = joined(splits["fit"], splits["probe"])
+        # The initial weights stand for the architecture; where they are constant, the seed still orders the batches.
+        key = key_of(
+            version=TRAINING_VERSION, images=images.fingerprint, initial=fingerprint(model, settings),
+            training=vars(training), seed=seed, regression=source.regression, **machine.rounding,
+        )  # fmt: skip
+        with machine.cache.lock("models", key):
+            entry = machine.cache.load("models", key)
+            if entry is not None:
+                model.load_state_dict(entry[0])
+            else:
+                batches = GlobalBatches(len(images), training.batch_size, seed)
+                learner = Learner(model, training, source.regression, batches)
+                loader = images.shuffled(batches, source.workers)
+                bar.start(training.epochs * len(images), "training", "images")
+                _learn(learner, loader, training.epochs, f"training-{key}", machine, bar)
+                names = {"model": model_source.name, "data": source.name}
+                machine.cache.save("models", key, model.state_dict(), names)
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.copy_(collectives.broadcast(tensor))
 
 
-def _train_here(
-    model: nn.Module,
-    model_source: ModelSource,
-    source: Source,
-    splits: Mapping[str, Split],
-    settings: Mapping[str, Any],
-    seed: int,
-    machine: Machine,
-    bar: Bar,
-) -> None:
-    training: Training = model_source.training  # type: ignore[assignment]
-    images = joined(splits["fit"], splits["probe"])
-    # The initial weights stand for the architecture; where they are constant, the seed still orders the batches.
-    key = key_of(
-        version=TRAINING_VERSION, images=images.fingerprint, initial=fingerprint(model, settings),
-        training=vars(training), seed=seed, regression=source.regression, **machine.rounding,
-    )  # fmt: skip
-    with machine.cache.lock("models", key):
-        entry = machine.cache.load("models", key)
-        if entry is not None:
-            model.load_state_dict(entry[0])
-            return
-        batches = GlobalBatches(len(images), training.batch_size, seed)
-        bar.start(training.epochs * len(images), "training", "images")
-        learner = Learner(model, training, source.regression, batches)
-        keep, last = every_epoch(machine.folder, f"training-{key}")
-        alone = {"devices": 1, "num_nodes": 1, "strategy": SingleDeviceStrategy(machine.device)}
-        trainer = machine.trainer(bar, keep, max_epochs=training.epochs, **alone)
-        loader = images.shuffled(batches, source.workers)
-        model.train()
-        with threads_as_alone():
-            done = fits(lambda: trainer.fit(learner, loader, ckpt_path=last, weights_only=True))
-        model.eval()
-        if not done:
-            raise learner.too_small("the model and what Adam keeps of it")
-        names = {"model": model_source.name, "data": source.name}
-        machine.cache.save("models", key, model.state_dict(), names)
+def _learn(learner: Learner, loader: DataLoader, epochs: int, name: str, machine: Machine, bar: Bar) -> None:
+    """Train in this process alone, from the last epoch that an earlier run has kept under ``name``."""
+    keep, last = every_epoch(machine.folder, name)
+    alone = {"devices": 1, "num_nodes": 1, "strategy": SingleDeviceStrategy(machine.device)}
+    trainer = machine.trainer(bar, keep, max_epochs=epochs, **alone)
+    learner.model.train()
+    with threads_as_alone():
+        done = fits(lambda: trainer.fit(learner, loader, ckpt_path=last, weights_only=True))
+    learner.model.eval()
+    if not done:
+        raise learner.too_small("the model and what Adam keeps of it")

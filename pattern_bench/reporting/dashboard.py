@@ -309,10 +309,8 @@ def specification(views: Iterable[ws.Workspace], page: wr.Report) -> dict[str, A
         ValueError: where it does not read what it wrote.
     """
     content = {
-        "workspaces": [
-            json.loads(view._to_model().model_dump_json(by_alias=True, exclude_none=True)) for view in views
-        ],
-        "report": json.loads(page._to_model().model_dump_json(by_alias=True, exclude_none=True)),
+        "workspaces": [_plain(view._to_model()) for view in views],
+        "report": _plain(page._to_model()),
     }
     for view in content["workspaces"]:
         ws.Workspace._from_model(View.model_validate(view))
@@ -321,7 +319,9 @@ def specification(views: Iterable[ws.Workspace], page: wr.Report) -> dict[str, A
 
 
 def _plain(model: Any) -> dict[str, Any]:
-    return json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
+    """A model of wandb-workspaces as plain data."""
+    content: dict[str, Any] = json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
+    return content
 
 
 def save(views: Iterable[ws.Workspace], page: wr.Report) -> list[str]:
