@@ -98,7 +98,7 @@ JOB = (
     positive_number("cache.gib", nullable=True, remedy="give a positive number of GiB, or null for no bound"),
     Rule("degradation.value", lambda value: is_number(value) and math.isfinite(value), "give one, such as 0.0",
          "is no number"),
-    text("logger.kind", "choose from csv, tensorboard, wandb, none"),
+    text("logger.kind", "give the name of a tracker, such as csv, or none"),
     text("logger.project", "give the name of a W&B project"),
     text("logger.entity", "give a W&B user or team, or null for your own", nullable=True),
     text("logger.group", "give a name, or null for the sweep's folder", nullable=True),
